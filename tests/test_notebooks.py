@@ -1,0 +1,42 @@
+"The notebooks are the test suite: each runs from top to bottom, and nothing that looks like a check is left unrun."
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from execnb.nbio import read_nb
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
+UNRUN = re.compile(r'^\s*#\s*\|\s*(eval:\s*false|notest)', re.M)
+CHECK = re.compile(r'^\s*(assert\b|test_\w+\(|with expect_fail|torch\.testing)', re.M)
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_runs(path):
+    "A fresh process a notebook, as `nbdev_test` does it, so that no notebook leans on another's state"
+    code = ("import sys; from nbdev.test import test_nb; from pathlib import Path; "
+            f"ok, secs = test_nb(Path({str(path)!r}), skip_flags=['notest'], basepath=Path({str(ROOT)!r})); sys.exit(not ok)")
+    done = subprocess.run([sys.executable, '-c', code], cwd=path.parent, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+def test_no_check_is_left_unrun(path):
+    "nbdev skips `eval: false`, flagged cells and any cell naming nbdev_export(: none of these may hold a check"
+    cells = [c for c in read_nb(path).cells if c.cell_type == 'code']
+    unrun = [c.source for c in cells if UNRUN.search(c.source) or 'nbdev_export(' in c.source]
+    assert not [s for s in unrun if CHECK.search(s)]
+    assert not any('skip_exec' in c.source for c in read_nb(path).cells if c.cell_type == 'raw')
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+def test_outputs_are_committed_and_small(path):
+    "A page can be read without running it: no error outputs, no carriage-return progress bars, at most 200 KB"
+    outputs = [o for c in read_nb(path).cells if c.cell_type == 'code' for o in c.outputs]
+    assert not [o for o in outputs if o.output_type == 'error']
+    text = ''.join(''.join(o.get('text', '')) for o in outputs)
+    assert '\r' not in text
+    assert '/root/' not in text and '/home/' not in text and '/tmp/' not in text
+    assert path.stat().st_size <= 250_000

@@ -1,0 +1,68 @@
+"What is derived equals its source: modules from notebooks, README from index, commands in CI from the README."
+import importlib
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from make_readme import readme_text
+
+ROOT = Path(__file__).resolve().parent.parent
+COPIED = ('settings.ini', 'setup.py', 'README.md', 'nbs', 'sft_nb')
+
+
+def run(args, cwd): return subprocess.run(args, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+def snapshot(root):
+    return {p.relative_to(root): p.read_bytes() for folder in ('nbs', 'sft_nb') for p in sorted((root/folder).rglob('*'))
+            if p.is_file() and '__pycache__' not in p.parts and '.ipynb_checkpoints' not in p.parts}
+
+
+def test_export_and_clean_leave_no_diff(tmp_path):
+    for name in COPIED:
+        src = ROOT/name
+        if src.is_dir(): shutil.copytree(src, tmp_path/name, ignore=shutil.ignore_patterns('__pycache__'))
+        else: shutil.copy(src, tmp_path/name)
+    before = snapshot(tmp_path)
+    for tool in ('nbdev_export', 'nbdev_clean'):
+        done = run([str(Path(sys.executable).parent/tool)], tmp_path)
+        assert done.returncode == 0, done.stderr
+    after = snapshot(tmp_path)
+    assert sorted(before) == sorted(after)
+    assert [str(p) for p in before if before[p] != after[p]] == []
+
+
+def test_readme_is_made_from_index():
+    assert (ROOT/'README.md').read_text(encoding='utf-8') == readme_text(ROOT/'nbs/index.ipynb'), \
+        "README.md is out of date: python tests/make_readme.py"
+
+
+def test_readme_commands_are_those_that_ci_runs():
+    readme, ci = (ROOT/'README.md').read_text(encoding='utf-8'), (ROOT/'.ci/run').read_text(encoding='utf-8')
+    line = next(l for l in readme.splitlines() if 'pytest' in l and l.startswith('python3.11 '))
+    assert line in ci
+    flow = (ROOT/'.github/workflows/test.yml').read_text(encoding='utf-8')
+    assert line in flow
+
+
+def test_every_requirement_is_pinned():
+    pins = {re.split(r'==', l)[0].lower().replace('_', '-') for l in (ROOT/'constraints.txt').read_text().splitlines() if '==' in l}
+    setup = (ROOT/'settings.ini').read_text(encoding='utf-8')
+    wanted = re.findall(r'^(?:dev_)?requirements\s*=\s*(.*)$', setup, re.M)
+    names = {re.split(r'[<>=\[ ]', w.strip('"'))[0].lower().replace('_', '-') for line in wanted for w in line.split() if w[0] not in '<>='}
+    assert names - pins == set()
+
+
+def test_light_modules_do_not_import_torch():
+    for name in ('data', 'templates', 'cli'):
+        done = run([sys.executable, '-c', f"import sys, sft_nb.{name}; sys.exit('torch' in sys.modules)"], ROOT)
+        assert done.returncode == 0, f'sft_nb.{name} imports torch\n{done.stderr}'
+
+
+def test_modules_import_from_another_folder(tmp_path):
+    for path in sorted((ROOT/'sft_nb').glob('[a-z]*.py')):
+        importlib.import_module(f'sft_nb.{path.stem}')
+    done = run([sys.executable, '-c', 'import sft_nb.evaluation, sft_nb.training'], tmp_path)
+    assert done.returncode == 0, done.stderr
