@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['MIN_PREFIX', 'row_targets', 'get_default_device', 'input_and_targets', 'custom_collate_fn', 'Batch', 'shared_length',
-           'collate_examples', 'lay_flat', 'collate_prompts', 'rectangle', 'epoch_order', 'batch_order', 'EpochSampler',
-           'Loaders', 'make_loaders']
+           'lay_flat', 'collate_examples', 'pad_rows', 'weight_per_row', 'collate_prompts', 'Varlen', 'to_varlen',
+           'epoch_order', 'batch_order', 'windowed_batches', 'padding_share', 'Packing', 'pack_rows', 'packed_batches',
+           'Packed', 'collate_packs', 'row_mask', 'EpochSampler', 'Loaders', 'make_loaders']
 
-# %% ../nbs/03_collate.ipynb #0947db51
+# %% ../nbs/03_collate.ipynb #feed77ec
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +18,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from .data import InputError, Split
-from .dataset import Example, InstructionDataset, as_tokenizer
+from .dataset import Example, InstructionDataset
+from .tokenizer import as_tokenizer
 
 # %% ../nbs/03_collate.ipynb #77567f48
 def row_targets(
@@ -65,7 +66,7 @@ def custom_collate_fn(
     return (rectangle([i for i,_ in pairs], pad_token_id).to(device),
             rectangle([t for _,t in pairs], ignore_token_index).to(device))
 
-# %% ../nbs/03_collate.ipynb #3784ce8f
+# %% ../nbs/03_collate.ipynb #b736b4a2
 @dataclass(frozen=True, eq=False)
 class Batch:
     "Rows as one flat list: the shared preamble once, then what each row has of its own"
@@ -85,35 +86,29 @@ class Batch:
         moved = {k: v.to(device, non_blocking=True) for k,v in vars(self).items() if isinstance(v, torch.Tensor)}
         return replace(self, **moved)
 
+    def rectangle(self, pad_id:int)->tuple:
+        "`input_ids_BT`, `labels_BT`, `weight_BT`: what this batch avoids, for models that need it"
+        return tuple(pad_rows(x_N, self, fill) for x_N,fill in
+                     ((self.ids_N, pad_id), (self.labels_N, -100), (weight_per_row(self), 0.)))
+
     def __str__(self):
         return (f"{self.n_rows} rows, {self.n_tokens} tokens, {len(self.ids_N)} computed (preamble of {self.n_prefix}), "
                 f"{self.n_targets:g} targets; a rectangle would be {self.padding:.0%} padding")
 
-# %% ../nbs/03_collate.ipynb #f3ba2c54
+# %% ../nbs/03_collate.ipynb #b09d14f3
 MIN_PREFIX = 8 # a shorter preamble saves less than the bookkeeping costs
 
 def shared_length(
     rows, # Arrays of input ids
 )->int: # How many positions can be computed once for all
-    "Length of the common beginning of `rows`, less one: the label of each shared position must be shared, too"
+    "Length of the common beginning of `rows`, less one"
     first, n = rows[0], min(map(len, rows))
     for row in rows[1:]:
         differ = np.flatnonzero(row[:n]!=first[:n])
         if len(differ): n = int(differ[0])
     return n-1 if len(rows)>1 and n>=MIN_PREFIX else 0
 
-# %% ../nbs/03_collate.ipynb #be111bce
-def collate_examples(
-    examples, # `Example`s
-    share_prefix:bool=True, # Compute a common beginning once?
-)->Batch: # Flat
-    "One flat batch of `examples`, raising `InputError` when nothing in it is to be learned"
-    batch = lay_flat(examples, share_prefix)
-    if not batch.n_targets:
-        raise InputError(f"{examples[0].where} and its batch: no target in {len(examples)} rows; check loss_on")
-    return batch
-
-# %% ../nbs/03_collate.ipynb #5933a5cb
+# %% ../nbs/03_collate.ipynb #b6fd0049
 def lay_flat(
     examples, # `Example`s
     share_prefix:bool, # Compute a common beginning once?
@@ -122,17 +117,43 @@ def lay_flat(
     for e in examples:
         if len(e)<2: raise InputError(f"{e.where}: a row needs at least 2 ids, got {len(e)}; drop it")
     sizes = np.array([len(e)-1 for e in examples])
-    P = shared_length([e.ids[:-1] for e in examples]) if share_prefix else 0
-    first = examples[0]
+    first, P = examples[0], shared_length([e.ids[:-1] for e in examples]) if share_prefix else 0
     ids = np.concatenate([first.ids[:P], *(e.ids[P:-1] for e in examples)])
     pos = np.concatenate([np.arange(P), *(np.arange(P, n) for n in sizes)])
     after = np.concatenate([first.ids[1:P+1], *(e.ids[P+1:] for e in examples)])
     weight = np.concatenate([sum(e.learn[1:P+1] for e in examples), *(e.learn[P+1:] for e in examples)])
-    starts = np.cumsum([P, *(sizes-P)])
-    tensor = lambda x, dtype=torch.int64: torch.from_numpy(np.ascontiguousarray(x)).to(dtype)
-    return Batch(tensor(ids), tensor(pos), tensor(np.where(weight>0, after, -100)), tensor(weight, torch.float32), P,
-                 tensor(starts), len(examples), float(weight.sum(dtype=np.float64)), int(sizes.sum()),
-                 float(1 - sizes.sum()/(len(sizes)*sizes.max())))
+    tensor = lambda x: torch.from_numpy(x.astype(np.int64))
+    return Batch(tensor(ids), tensor(pos), tensor(np.where(weight>0, after, -100)), torch.from_numpy(weight), P,
+                 tensor(np.cumsum([P, *(sizes-P)])), len(examples), float(weight.sum(dtype=np.float64)),
+                 int(sizes.sum()), float(1 - sizes.sum()/(len(sizes)*sizes.max())))
+
+# %% ../nbs/03_collate.ipynb #119637a1
+def collate_examples(
+    examples, # `Example`s
+    share_prefix:bool=True, # Compute a common beginning once?
+)->Batch: # Flat
+    "One flat batch of `examples`, raising `InputError` when nothing in it is to be learned"
+    batch = lay_flat(examples, share_prefix)
+    if batch.n_targets: return batch
+    raise InputError(f"batch of {examples[0].where}: no target in {len(examples)} rows; check loss_on and the length limit")
+
+# %% ../nbs/03_collate.ipynb #24ea4022
+def pad_rows(
+    x_N:torch.Tensor, # A value for each flat position
+    batch:Batch, # Says which row each belongs to
+    fill, # Value of the padding
+)->torch.Tensor: # One line a row, the preamble in front of each
+    "Unfold `x_N` into a rectangle"
+    starts, P = batch.starts_B1.tolist(), batch.n_prefix
+    rows = [torch.cat([x_N[:P], x_N[a:b]]) for a,b in zip(starts, starts[1:])]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
+
+# %% ../nbs/03_collate.ipynb #66d243c2
+def weight_per_row(
+    batch:Batch, # Flat
+)->torch.Tensor: # float32, N
+    "The weights of `batch` with those of the preamble divided among the rows"
+    return torch.cat([batch.weight_N[:batch.n_prefix]/batch.n_rows, batch.weight_N[batch.n_prefix:]])
 
 # %% ../nbs/03_collate.ipynb #6796c94a
 def collate_prompts(
@@ -145,20 +166,26 @@ def collate_prompts(
     unseen = lambda p: Example(np.array([*p, 0], np.int32), np.zeros(len(p)+1, np.float32))
     return lay_flat([unseen(p) for p in prompts], share_prefix)
 
-# %% ../nbs/03_collate.ipynb #36a8e204
-def rectangle(
-    batch:Batch, # Flat
-    pad_id:int, # Fills the inputs
-)->tuple: # `input_ids_BT`, `labels_BT`, `weight_BT`
-    "The padded rectangle that `batch` avoids, for models that need one"
-    starts, P = batch.starts_B1.tolist(), batch.n_prefix
-    def pad(x_N, fill):
-        rows = [torch.cat([x_N[:P], x_N[a:b]]) for a,b in zip(starts, starts[1:])]
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
-    weight_N = torch.cat([batch.weight_N[:P]/batch.n_rows, batch.weight_N[P:]])
-    return pad(batch.ids_N, pad_id), pad(batch.labels_N, -100), pad(weight_N, 0.)
+# %% ../nbs/03_collate.ipynb #adc244be
+class Varlen(NamedTuple):
+    "Whole rows end to end, as variable-length attention kernels want them"
+    ids_N:torch.Tensor # int64, the preamble repeated in each row
+    pos_N:torch.Tensor # int64, position of each in its row
+    labels_N:torch.Tensor # int64, the next id where it counts, else -100
+    weight_N:torch.Tensor # float32, weight of each label
+    cu_seqlens_B1:torch.Tensor # int32, where each row begins, and at last the end
+    max_length:int # Length of the longest row
 
-Batch.rectangle = rectangle
+def to_varlen(
+    batch:Batch, # Flat
+)->Varlen: # The same rows
+    "Repeat the preamble in each row of `batch`"
+    starts, P = batch.starts_B1, batch.n_prefix
+    lengths = starts.diff() + P
+    at = torch.cat([torch.cat([torch.arange(P), torch.arange(a, b)]) for a,b in zip(starts.tolist(), starts[1:].tolist())])
+    at, ends = at.to(starts.device), torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+    weight_N = weight_per_row(batch)
+    return Varlen(batch.ids_N[at], batch.pos_N[at], batch.labels_N[at], weight_N[at], ends, int(lengths.max()))
 
 # %% ../nbs/03_collate.ipynb #49c02190
 def epoch_order(
@@ -187,6 +214,101 @@ def batch_order(
     batches = [order[i:i+batch_size] for i in range(0, n, batch_size)]
     return batches[:-1] if drop_last and n%batch_size else batches
 
+# %% ../nbs/03_collate.ipynb #1cc2f8fc
+def windowed_batches(
+    lengths, # Length of each row
+    batch_size:int, # Rows of a batch
+    seed:int, # Any integer
+    epoch:int, # From 0
+    window:int=32, # Batches that are sorted together; 1 leaves the order as it is
+)->list: # A list of indices for each batch, every row once
+    "Batches of rows of similar length, a pure function of the arguments"
+    lengths, order, batches = np.asarray(lengths), np.array(epoch_order(len(lengths), seed, epoch)), []
+    for part in np.split(order, range(window*batch_size, len(order), window*batch_size)):
+        part = part[np.argsort(lengths[part], kind='stable')]
+        batches += np.split(part, range(batch_size, len(part), batch_size))
+    return [batches[i].tolist() for i in epoch_order(len(batches), seed+1, epoch)]
+
+# %% ../nbs/03_collate.ipynb #32ddafec
+def padding_share(
+    lengths, # Length of each row
+    batches, # Lists of indices
+)->float: # 0 to 1
+    "The share of the batches' rectangles that is padding"
+    lengths = np.asarray(lengths)
+    computed = sum(len(b)*lengths[b].max() for b in batches)
+    return 1 - sum(int(lengths[b].sum()) for b in batches)/computed
+
+# %% ../nbs/03_collate.ipynb #973f6007
+class Packing(NamedTuple):
+    "Rows grouped so that each group fits a budget of tokens"
+    packs:list # Lists of indices
+    left_out:list # Indices of rows that are longer than the budget
+
+def pack_rows(
+    lengths, # Length of each row
+    budget:int, # Most tokens of a pack
+)->Packing: # Every row once, in a pack or left out
+    "Best fit decreasing, in time proportional to the number of rows"
+    if budget<1: raise InputError(f"budget: must be at least 1 token, got {budget}; use the model's context length")
+    lengths, packs, rooms, free = np.asarray(lengths), [], 0, {} # bit r of `rooms`: some pack has room r
+    order = np.argsort(-lengths, kind='stable')
+    for i,n in zip(order.tolist(), lengths[order].tolist()):
+        if n>budget: continue
+        if fits := rooms >> n:
+            room = n + (fits & -fits).bit_length() - 1 # the lowest bit: the least room that is enough
+            pack = free[room].pop()
+            if not free[room]: rooms ^= 1 << room
+        else:
+            pack, room = [], budget
+            packs.append(pack)
+        pack.append(i)
+        free.setdefault(room-n, []).append(pack)
+        rooms |= 1 << room-n
+    return Packing(packs, np.flatnonzero(lengths>budget).tolist())
+
+# %% ../nbs/03_collate.ipynb #08e2c48b
+def packed_batches(
+    lengths, # Length of each row
+    budget:int, # Most tokens of a pack
+    seed:int, # Any integer
+    epoch:int, # From 0
+    window:int=1024, # Rows that are packed together
+)->Packing: # Packs in the order of training
+    "Pack the shuffled rows window by window, a pure function of the arguments"
+    lengths, order = np.asarray(lengths), np.array(epoch_order(len(lengths), seed, epoch))
+    parts = np.split(order, range(window, len(order), window))
+    packs = [part[pack].tolist() for part in parts for pack in pack_rows(lengths[part], budget).packs]
+    return Packing([packs[i] for i in epoch_order(len(packs), seed+1, epoch)], np.flatnonzero(lengths>budget).tolist())
+
+# %% ../nbs/03_collate.ipynb #fec88e6c
+class Packed(NamedTuple):
+    "Several rows on each line of a rectangle"
+    input_ids_BT:torch.Tensor # int64
+    labels_BT:torch.Tensor # int64, the next id where it counts, else -100; never across a border
+    weight_BT:torch.Tensor # float32, weight of each label
+    pos_BT:torch.Tensor # int64, from 0 in each row
+    row_BT:torch.Tensor # int64, which row of the line, -1 in the padding
+
+def collate_packs(
+    packs, # Lists of `Example`s, one list a line
+    pad_id:int, # Fills the inputs
+)->Packed: # As long as the fullest line
+    "A rectangle with one pack a line"
+    flat = [collate_examples(pack, share_prefix=False) for pack in packs]
+    number = [torch.repeat_interleave(torch.arange(b.n_rows), b.starts_B1.diff()) for b in flat]
+    pad = lambda rows, fill: torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
+    return Packed(pad([b.ids_N for b in flat], pad_id), pad([b.labels_N for b in flat], -100),
+                  pad([b.weight_N for b in flat], 0.), pad([b.pos_N for b in flat], 0), pad(number, -1))
+
+# %% ../nbs/03_collate.ipynb #af474387
+def row_mask(
+    row_BT:torch.Tensor, # Number of the row at each position
+)->torch.Tensor: # bool, B x T x T: may the first position attend to the second?
+    "Causal attention inside each row; a padding position sees padding only, so that its softmax is defined"
+    same_BTT = row_BT[:, :, None]==row_BT[:, None, :]
+    return same_BTT & torch.ones(same_BTT.shape[1:], dtype=torch.bool, device=row_BT.device).tril()
+
 # %% ../nbs/03_collate.ipynb #942640ce
 class EpochSampler:
     "Indices for a `DataLoader`, epoch after epoch in `epoch_order`"
@@ -210,20 +332,21 @@ class Loaders(NamedTuple):
     test:DataLoader # In the order of the file
     val:DataLoader # In the order of the file
 
-# %% ../nbs/03_collate.ipynb #204130f8
+# %% ../nbs/03_collate.ipynb #a0a42fdb
 def make_loaders(
     split:Split, # The three parts
     tokenizer, # Anything `as_tokenizer` takes
     batch_size:int=8, # Rows of a batch
     seed:int=123, # Of the training order
-    max_length:int=1024, # Positions kept from the left: the model's context
+    max_length:int=1024, # Most positions of a row: the model's context
     device=None, # Where batches go; None: `get_default_device()`
     **options, # For `InstructionDataset`, such as `template='alpaca'`
 )->Loaders: # Three, named train, test, val
     "Datasets and loaders of rectangles for the three parts of `split`"
     tokenizer = as_tokenizer(tokenizer)
+    if options.get('template'): options['max_length'] = max_length
+    datasets = [InstructionDataset(part, tokenizer, **options) for part in (split.train, split.test, split.val)]
     collate = partial(custom_collate_fn, pad_token_id=tokenizer.pad_id, allowed_max_length=max_length,
                       device=get_default_device() if device is None else device)
-    train, test, val = (InstructionDataset(part, tokenizer, **options) for part in (split.train, split.test, split.val))
-    return Loaders(DataLoader(train, batch_size, sampler=EpochSampler(len(train), seed), drop_last=True, collate_fn=collate),
-                   DataLoader(test, batch_size, collate_fn=collate), DataLoader(val, batch_size, collate_fn=collate))
+    train, test, val = (partial(DataLoader, d, batch_size, collate_fn=collate) for d in datasets)
+    return Loaders(train(sampler=EpochSampler(len(datasets[0]), seed), drop_last=True), test(), val())
