@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['ROLES', 'FORMATS', 'InputError', 'shorten', 'near_misses', 'Message', 'Record', 'text_field', 'read_alpaca',
            'read_message', 'read_turns', 'read_phi3', 'read_prompt', 'find_format', 'read_record', 'as_records',
-           'read_bytes', 'decode_text', 'parse_json', 'load_rows', 'load_records', 'write_atomic', 'save_json',
-           'load_json', 'save_records', 'default_data_file', 'Split', 'split_records']
+           'open_bytes', 'decode_text', 'read_text', 'CutOffError', 'parse_json', 'load_rows', 'iter_records',
+           'load_records', 'summarize_records', 'write_atomic', 'save_json', 'load_json', 'save_records',
+           'default_data_file', 'Split', 'split_sizes', 'prompt_key', 'Groups', 'split_records']
 
-# %% ../nbs/00_data.ipynb #91cfa33d
-import gzip, hashlib, json, math, os, re, reprlib, sys, tempfile, zlib
+# %% ../nbs/00_data.ipynb #7ba8cd3f
+import csv, gzip, hashlib, io, json, math, os, re, reprlib, sys, tempfile, zlib
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -20,13 +22,13 @@ from typing import Iterator, NamedTuple
 class InputError(ValueError):
     "The user's file or argument is wrong; the message is one line: where, what, the value got, what to do"
 
-# %% ../nbs/00_data.ipynb #54678115
+# %% ../nbs/00_data.ipynb #640d33e7
 def shorten(
     value, # Anything, however long or deeply nested
 )->str: # At most about 70 characters, on one line
     "A short `repr` of `value` for an error message"
     short = reprlib.Repr()
-    short.maxstring, short.maxother, short.maxlevel, short.maxlist, short.maxdict = 60, 60, 2, 3, 4
+    short.maxstring, short.maxother, short.maxlevel, short.maxlist, short.maxdict = 60, 60, 2, 6, 4
     return short.repr(value)
 
 # %% ../nbs/00_data.ipynb #70253915
@@ -99,7 +101,7 @@ def text_field(
         raise InputError(f"{where}: {name!r} holds half a surrogate pair, got {ascii(bad[0])}; repair the text")
     return value
 
-# %% ../nbs/00_data.ipynb #5e98631f
+# %% ../nbs/00_data.ipynb #da009823
 def read_alpaca(
     raw:dict, # A record with 'instruction', 'output' and perhaps 'input'
     where:str, # Address for error messages
@@ -107,6 +109,8 @@ def read_alpaca(
 )->tuple: # The turns
     "The messages of an Alpaca record"
     instruction = text_field(raw, 'instruction', where)
+    if 'input' not in raw and (typo := get_close_matches('input', raw, n=1, cutoff=0.8)):
+        raise InputError(f"{where}: field {typo[0]!r} is not read; did you mean 'input'?")
     given = text_field(raw, 'input', where) if raw.get('input') is not None else ''
     user = Message('user', f'{instruction}\n\n{given}' if given else instruction)
     if not need_answer and 'output' not in raw: return (user,)
@@ -116,7 +120,13 @@ def read_alpaca(
 ROLES = {'system': 'system', 'developer': 'system', 'user': 'user', 'human': 'user', 'assistant': 'assistant',
          'gpt': 'assistant', 'chatgpt': 'assistant', 'model': 'assistant', 'bot': 'assistant'}
 
-# %% ../nbs/00_data.ipynb #7f25a018
+# %% ../nbs/00_data.ipynb #933eee4d
+def _joined_parts(parts, where):
+    for part in parts:
+        if not isinstance(part, dict) or part.get('type')!='text':
+            raise InputError(f"{where}: only parts of type 'text' can be read, got {shorten(part)}; drop the record")
+    return ''.join(text_field(part, 'text', where) for part in parts)
+
 def read_message(
     raw, # One entry of a conversation
     role_key:str, # Field with the role, 'role' or 'from'
@@ -124,12 +134,15 @@ def read_message(
     where:str, # Address for error messages
 )->Message: # The checked turn
     "One `Message` of a conversation, its role mapped to one of the three we know"
-    if not isinstance(raw, dict): raise InputError(f"{where}: must be an object, got {shorten(raw)}; write role and text")
+    if not isinstance(raw, dict):
+        raise InputError(f"{where}: a turn must be an object, got {shorten(raw)}; give it a role and a text")
     role = text_field(raw, role_key, where)
     if role not in ROLES: raise InputError(f"{where}: unknown {role_key} {shorten(role)}; {near_misses(role, ROLES)}")
+    if isinstance(raw.get(text_key), list) and raw[text_key]: text = _joined_parts(raw[text_key], where)
+    else: text = text_field(raw, text_key, where)
     weight = raw.get('weight')
     if weight not in (None, 0, 1): raise InputError(f"{where}: 'weight' must be 0 or 1, got {shorten(weight)}; mend it")
-    return Message(ROLES[role], text_field(raw, text_key, where), None if weight is None else bool(weight))
+    return Message(ROLES[role], text, None if weight is None else bool(weight))
 
 # %% ../nbs/00_data.ipynb #55c0d716
 def read_turns(
@@ -147,7 +160,7 @@ def read_turns(
                          "there is nothing to learn, so drop the record")
     return messages
 
-# %% ../nbs/00_data.ipynb #9fba424d
+# %% ../nbs/00_data.ipynb #61126379
 def read_phi3(
     text:str, # Turns in Phi-3's markers
     where:str, # Address for error messages
@@ -155,7 +168,7 @@ def read_phi3(
 )->tuple: # The turns
     "The messages of a text in Phi-3's markers"
     frame, *parts = re.split(r'<\|(system|user|assistant)\|>', text)
-    if frame.strip() or not parts:
+    if frame.replace('<s>', '').strip() or not parts:
         raise InputError(f"{where}: 'text' must begin with <|user|> or <|system|>, got {shorten(text)}; "
                          "write it in Phi-3's markers or use another format")
     turns = []
@@ -190,7 +203,7 @@ FORMATS = {
     'phi3': ('text', lambda raw, where, need: read_phi3(text_field(raw, 'text', where), where, need)),
 }
 
-# %% ../nbs/00_data.ipynb #869b16d1
+# %% ../nbs/00_data.ipynb #318d2190
 def find_format(
     raw:dict, # The first record of a file
     where:str, # Address for the error message
@@ -199,25 +212,27 @@ def find_format(
     for fmt, (telling, _) in FORMATS.items():
         if telling in raw: return fmt
     wanted = ', '.join(repr(t) for t,_ in FORMATS.values())
-    raise InputError(f"{where}: format not recognised, got fields {shorten(list(raw))}; one of {wanted} is needed")
+    raise InputError(f"{where}: format not recognised, got fields {shorten(list(raw))}; one of {wanted} is needed "
+                     "(rename= gives fields other names)")
 
-# %% ../nbs/00_data.ipynb #024ef9f4
+# %% ../nbs/00_data.ipynb #68be671d
 def read_record(
     raw, # One entry of a file
-    fmt:str, # A key of `FORMATS`
+    fmt:str|None=None, # A key of `FORMATS`; None: recognised from the entry
     where:str='record', # Address for error messages
     need_answer:bool=True, # Refuse a record without an answer?
 )->Record: # The checked record
-    "The `Record` of one `raw` entry in format `fmt`, raising `InputError` if it is not right"
+    "The `Record` of one `raw` entry, raising `InputError` if it is not right"
     if not isinstance(raw, dict):
         raise InputError(f"{where}: a record must be an object with named fields, got {shorten(raw)}; mend the record")
+    fmt = fmt or find_format(raw, where)
     telling, reader = FORMATS[fmt]
     if telling not in raw:
         raise InputError(f"{where}: field {telling!r} is missing (the set is in {fmt!r} format), "
                          f"got fields {shorten(list(raw))}; add it to the record")
     return Record(reader(raw, where, need_answer), raw, fmt, where)
 
-# %% ../nbs/00_data.ipynb #929877da
+# %% ../nbs/00_data.ipynb #3a9f1f8a
 def as_records(
     data, # List of dictionaries or `Record`s
     fmt:str|None=None, # A key of `FORMATS`; None: recognised from the first record
@@ -230,46 +245,55 @@ def as_records(
     records = []
     for i, raw in enumerate(data):
         if not isinstance(raw, Record):
-            where = f'{source} record {i}'.strip()
-            if fmt is None and isinstance(raw, dict): fmt = find_format(raw, where)
-            raw = read_record(raw, fmt or 'alpaca', where, need_answer)
+            raw = read_record(raw, fmt, f'{source} record {i}'.strip(), need_answer)
+            fmt = raw.fmt
         records.append(raw)
     return records
 
-# %% ../nbs/00_data.ipynb #093f5352
-def read_bytes(
-    path, # A file, or '-' for standard input; a gzip file is unpacked
-)->bytes: # Its content
-    "The bytes of a file, raising `FileNotFoundError` or `InputError` in one clear line"
-    if str(path)=='-': data = sys.stdin.buffer.read()
-    else:
-        path = Path(path)
-        if not path.exists(): raise FileNotFoundError(f"{path}: no such file; check the name (the folder is {Path.cwd()})")
-        if path.is_dir(): raise InputError(f"{path}: is a folder, not a file; name the file in it")
-        try: data = path.read_bytes()
-        except OSError as e: raise InputError(f"{path}: cannot be read, got {e.strerror}; check its rights") from None
-    if data[:2]!=b'\x1f\x8b': return data
-    try: return gzip.decompress(data)
+# %% ../nbs/00_data.ipynb #c21a73cd
+@contextmanager
+def open_bytes(
+    path, # A file, or '-' for standard input; gzip is unpacked
+):
+    "Give the file's bytes to a `with` block, raising `FileNotFoundError` or `InputError` if they cannot be read"
+    stdin = str(path)=='-'
+    if not stdin and not Path(path).exists(): raise FileNotFoundError(
+        f"{path}: no such file; check the name (for a set on the Hugging Face hub write hub:owner/name)")
+    if not stdin and Path(path).is_dir(): raise InputError(f"{path}: is a folder, not a file; name the file in it")
+    f = None
+    try:
+        f = sys.stdin.buffer if stdin else open(path, 'rb')
+        yield gzip.GzipFile(fileobj=f) if f.peek(2)[:2]==b'\x1f\x8b' else f
     except (OSError, EOFError, zlib.error) as e:
-        raise InputError(f"{path}: is a damaged gzip file, got {e}; fetch or pack it again") from None
+        raise InputError(f"{path}: cannot be read to its end, got {e}; check its rights, or fetch it again") from None
+    finally:
+        if f and not stdin: f.close()
 
-# %% ../nbs/00_data.ipynb #71632cf4
+# %% ../nbs/00_data.ipynb #00a2fbdb
 def decode_text(
-    data:bytes, # The content of a text file
+    data:bytes, # A file's content, or whole lines of it
     where:str, # The file's name, for the error message
-)->str: # Its text, without a byte order mark
+    line:int=1, # Number of the first line in `data`
+)->str: # The text, without a byte order mark at the file's beginning
     "UTF-8 bytes as text, raising `InputError` with the line when they are something else"
-    if data[:2] in (b'\xff\xfe', b'\xfe\xff'):
+    if line==1 and data[:2] in (b'\xff\xfe', b'\xfe\xff'):
         raise InputError(f"{where}: is UTF-16, got first bytes {data[:4]!r}; save it as UTF-8")
-    if b'\0' in data:
-        raise InputError(f"{where}: is not a text file, got a NUL byte at offset {data.index(0)}; is it the right file?")
-    try: return data.decode('utf-8-sig')
+    if (nul := data.find(b'\0'))>=0:
+        line += data.count(b'\n', 0, nul)
+        raise InputError(f"{where} line {line}: is not text, got a NUL byte; check that it is the right file")
+    try: return data.decode('utf-8-sig' if line==1 else 'utf-8')
     except UnicodeDecodeError as e:
-        line = data.count(b'\n', 0, e.start)+1
-        got = data[max(0, e.start-10):e.start+10]
+        got, line = data[max(0, e.start-10):e.start+10], line+data.count(b'\n', 0, e.start)
         raise InputError(f"{where} line {line}: is not UTF-8, got {got!r}; save the file as UTF-8") from None
 
-# %% ../nbs/00_data.ipynb #3acbd36a
+# %% ../nbs/00_data.ipynb #59c5f5fc
+def read_text(
+    path, # A text file, or '-' for standard input; gzip is unpacked
+)->str: # Its whole content
+    "The text of a file, raising `FileNotFoundError` or `InputError` in one clear line"
+    with open_bytes(path) as f: return decode_text(f.read(), str(path))
+
+# %% ../nbs/00_data.ipynb #bb9f1d7a
 def _unique_keys(pairs):
     found = dict(pairs)
     if len(found)==len(pairs): return found
@@ -278,82 +302,214 @@ def _unique_keys(pairs):
 
 def _finite(text):
     if text in ('NaN', 'Infinity', '-Infinity') or math.isinf(float(text)):
-        raise InputError(f"{text} is not a number that JSON can hold; write a finite number or null")
+        raise InputError(f"{shorten(text)} is not a number that JSON can hold; write a finite number or null")
     return float(text)
 
 _json = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_finite, parse_float=_finite)
 
-# %% ../nbs/00_data.ipynb #c25434cc
+# %% ../nbs/00_data.ipynb #2063e980
+class CutOffError(InputError):
+    "The text ends inside a value, so more of it is needed"
+
+# %% ../nbs/00_data.ipynb #e4b4cf6c
 def parse_json(
     text:str, # Text with a JSON value at `start`
     where:str, # Address for the error message
-    start:int=0, # Where the value begins
+    start:int=0, # Index where the value begins
+    line:int=1, # Number of the first line in `text`
 )->tuple: # The value, and the index after it
     "The JSON value at `start`, raising `InputError` for what Python's reader refuses or silently mends"
     try: return _json.raw_decode(text, start)
     except json.JSONDecodeError as e:
-        if e.msg.startswith('Unterminated string') or not text[e.pos:].strip():
-            raise InputError(f"{where}: ends too early, got {shorten(text[start:])}; the file is cut off, "
-                             "so write or fetch it again") from None
-        raise InputError(f"{where}: is not JSON at line {e.lineno} column {e.colno} ({e.msg}), "
-                         f"got {shorten(text[e.pos:e.pos+20])}; mend the file there") from None
+        at = f"at line {line+e.lineno-1}, got {shorten(text[e.pos:e.pos+25])}"
+        if e.msg.startswith('Unterminated') or len(text)-e.pos<16 and not text[e.pos:].strip(' \r\n\tacefilnrstu\\'):
+            raise CutOffError(f"{where}: ends in the middle {at}; the file is cut off, so fetch it again") from None
+        if text[e.pos:e.pos+1] in ('}', ']') and text[:e.pos].rstrip().endswith(','):
+            raise InputError(f"{where}: a comma stands before a closing bracket {at}; take it out") from None
+        raise InputError(f"{where}: is not JSON ({e.msg}) {at}; mend the file there") from None
     except RecursionError: raise InputError(f"{where}: is nested too deeply; a record is flat text") from None
     except InputError as e: raise InputError(f"{where}: {e}") from None
     except ValueError as e: raise InputError(f"{where}: {e}; mend the value") from None
 
-# %% ../nbs/00_data.ipynb #eeb3e8a9
-def _list_rows(text, where):
-    gap = re.compile(r'\s*')
-    i, at = 0, gap.match(text, text.index('[')+1).end()
-    if text[at:at+1]==']': return
-    while True:
-        row, at = parse_json(text, f'{where} record {i}', at)
-        yield f'{where} record {i}', row
-        at = gap.match(text, at).end()
-        mark = text[at:at+1]
+# %% ../nbs/00_data.ipynb #a8aa54a2
+def _portions(f, where, size=1<<20):
+    line = 1
+    while lines := f.readlines(size):
+        yield line, decode_text(b''.join(lines), where, line)
+        line += len(lines)
+
+def _line_rows(portions, where, dropped):
+    for first, text in portions:
+        for n, line in enumerate(text.split('\n'), first):
+            if not line.strip(): continue
+            try:
+                row, end = parse_json(line.strip(), f'{where} line {n}', line=n)
+                if rest := line.strip()[end:]:
+                    raise InputError(f"{where} line {n}: holds more than one value, got {shorten(rest)}; "
+                                     "write one record a line")
+            except InputError as e: _drop(e, dropped)
+            else: yield f'{where} line {n}', row
+
+def _drop(error, dropped):
+    if dropped is None: raise error from None
+    dropped.append(str(error))
+
+# %% ../nbs/00_data.ipynb #b6431d13
+class _Window:
+    def __init__(self, portions): self.portions, self.text, self.at, self.line = portions, '', 0, 1
+
+    def more(self):
+        self.text, self.at, self.line = self.text[self.at:], 0, self.line+self.text.count('\n', 0, self.at)
+        _, portion = next(self.portions, (0, ''))
+        self.text += portion
+        return portion
+
+    def mark(self):
+        while self.text[self.at:self.at+1] in ' \t\r\n':
+            if self.at<len(self.text): self.at += 1
+            elif not self.more(): return ''
+        return self.text[self.at]
+
+    def take(self): self.at += 1
+
+    def value(self, where):
+        while True:
+            try: found, self.at = parse_json(self.text, where, self.at, self.line)
+            except CutOffError:
+                if not self.more(): raise
+            else: return found
+
+# %% ../nbs/00_data.ipynb #6c208e90
+def _list_rows(portions, where):
+    window, i = _Window(portions), 0
+    window.mark()
+    window.take()
+    while window.mark()!=']':
+        yield f'{where} record {i}', window.value(f'{where} record {i}')
+        mark, what = window.mark(), f"{where} line {window.line}: after record {i}"
         if mark==']': break
-        if mark!=',':
-            what = f"a comma is missing, got {shorten(text[at:at+20])}" if mark else "the file is cut off"
-            raise InputError(f"{where}: after record {i} {what}; write or fetch it again")
-        i, at = i+1, gap.match(text, at+1).end()
-        if text[at:at+1]==']': raise InputError(f"{where}: a comma without a record after it ends the list; take it out")
-    rest = text[at+1:].strip()
-    if rest: raise InputError(f"{where}: text after the list's closing bracket, got {shorten(rest)}; take it out")
+        if not mark: raise CutOffError(f"{what} the list's closing bracket is missing; fetch the file again")
+        if mark!=',': raise InputError(f"{what} a comma is missing, got {mark!r}; mend the file there")
+        window.take()
+        if window.mark()==']': raise InputError(f"{what} a comma stands before the list's closing bracket; take it out")
+        i += 1
+    window.take()
+    if window.mark():
+        rest = shorten(window.text[window.at:])
+        raise InputError(f"{where}: text after the list's closing bracket, got {rest}; take it out")
 
-def _line_rows(text, where):
-    for n, line in enumerate(text.split('\n'), 1):
-        if not line.strip(): continue
-        line = line.strip()
-        row, end = parse_json(line, f'{where} line {n}')
-        if line[end:].strip():
-            raise InputError(f"{where} line {n}: holds more than one value, got {shorten(line[end:])}; one record a line")
-        yield f'{where} line {n}', row
+# %% ../nbs/00_data.ipynb #ed1229bf
+def _csv_rows(f, where, delimiter):
+    csv.field_size_limit(1<<30) # the default refuses fields above 128 kB
+    rows = csv.reader(io.TextIOWrapper(f, encoding='utf-8-sig', newline=''), delimiter=delimiter, strict=True)
+    try:
+        header = next(rows, [])
+        if len(set(header))<len(header):
+            raise InputError(f"{where}: a column name appears twice, got {shorten(header)}; rename one")
+        for values in rows:
+            if not values: continue
+            if len(values)!=len(header):
+                raise InputError(f"{where} line {rows.line_num}: has {len(values)} values, but the header names "
+                                 f"{len(header)}; check its quotes and {delimiter!r}")
+            yield f'{where} line {rows.line_num}', dict(zip(header, values))
+    except UnicodeDecodeError as e:
+        got = e.object[e.start:e.start+8]
+        raise InputError(f"{where}: is not UTF-8 after line {rows.line_num}, got {got!r}; save it as UTF-8") from None
+    except csv.Error as e:
+        raise InputError(f"{where} line {rows.line_num}: is not CSV, got {e}; check its quotes") from None
 
-# %% ../nbs/00_data.ipynb #12ebd1a7
+# %% ../nbs/00_data.ipynb #6c3810cc
+def _need(package, what):
+    try: return __import__(package, fromlist=['*'])
+    except ImportError:
+        raise InputError(f"{what}: needs the package {package.split('.')[0]!r}, which is not installed; "
+                         "pip install 'sft_nb[datasets]'") from None
+
+# %% ../nbs/00_data.ipynb #df90657f
+def _parquet_rows(f, where):
+    parquet = _need('pyarrow.parquet', where)
+    i = 0
+    try:
+        for batch in parquet.ParquetFile(f).iter_batches(1000):
+            for row in batch.to_pylist():
+                yield f'{where} row {i}', row
+                i += 1
+    except (OSError, ValueError) as e: # pyarrow's own errors are subclasses of these two
+        raise InputError(f"{where}: is a damaged Parquet file, got {shorten(str(e))}; fetch it again") from None
+
+def _hub_rows(name, where):
+    name, _, part = name.partition(':')
+    hub = _need('datasets', where)
+    try: rows = hub.load_dataset(name, split=part or 'train')
+    except Exception as e: # the hub client raises dozens of types; to the user all mean that the set cannot be had
+        raise InputError(f"{where}: cannot be loaded, got {type(e).__name__} {shorten(str(e))}; check the name and the "
+                         "network, write hub:owner/name:split") from None
+    for i, row in enumerate(rows): yield f'{where} row {i}', row
+
+# %% ../nbs/00_data.ipynb #7d524cb1
 def load_rows(
-    path, # A JSON or JSONL file, possibly gzipped; '-' reads standard input
-)->Iterator: # Pairs of an address such as "x.json record 3" or "x.jsonl line 4", and a dictionary
-    "The raw entries of a file, each with its address"
+    path, # JSON, JSONL, CSV, TSV or Parquet, perhaps gzipped; '-' is standard input, 'hub:owner/name' a set on the hub
+    dropped:list|None=None, # Collects messages about JSONL lines that are left out; None: the first one raises
+)->Iterator: # Pairs of an address such as "x.json record 3" or "x.jsonl line 4", and what stands there
+    "The raw entries of a file, each with its address, one by one"
     where = 'standard input' if str(path)=='-' else str(path)
-    text = decode_text(read_bytes(path), where)
-    if not text.strip(): raise InputError(f"{where}: is empty; a JSON list of records is needed")
-    yield from (_list_rows if text.lstrip()[0]=='[' else _line_rows)(text, where)
+    if where.startswith('hub:'):
+        yield from _hub_rows(where[4:], where)
+        return
+    with open_bytes(path) as f:
+        table = re.search(r'\.([ct]sv)(\.gz)?$', where, re.I)
+        start = f.peek(1<<16).removeprefix(b'\xef\xbb\xbf').lstrip()[:4]
+        if start==b'PAR1': rows = _parquet_rows(f, where)
+        elif table: rows = _csv_rows(f, where, '\t' if table[1].lower()=='tsv' else ',')
+        elif start[:1]==b'[': rows = _list_rows(_portions(f, where), where)
+        else: rows = _line_rows(_portions(f, where), where, dropped)
+        yield from rows
 
-# %% ../nbs/00_data.ipynb #bc867c66
-def load_records(
-    path, # A JSON or JSONL file, possibly gzipped; '-' reads standard input
+# %% ../nbs/00_data.ipynb #afccbdb6
+def iter_records(
+    path, # JSON, JSONL, CSV, TSV or Parquet, perhaps gzipped; '-' is standard input, 'hub:owner/name' a set on the hub
     fmt:str|None=None, # A key of `FORMATS`; None: recognised from the first record
     need_answer:bool=True, # Refuse records without an answer?
-)->list: # `Record`s in file order
-    "The checked records of a file, raising `InputError` at the first that is not right"
+    rename:dict|None=None, # The file's names for fields to ours, such as {'question': 'instruction'}
+    dropped:list|None=None, # Collects messages about records that are left out; None: the first one raises
+)->Iterator: # `Record`s in file order
+    "The checked records of a file one by one, for sets that are larger than the memory"
     if fmt is not None and fmt not in FORMATS:
         raise InputError(f"fmt: unknown format {fmt!r}; {near_misses(fmt, FORMATS)}")
-    records = []
-    for where, raw in load_rows(path):
-        if fmt is None and isinstance(raw, dict): fmt = find_format(raw, where)
-        records.append(read_record(raw, fmt or 'alpaca', where, need_answer))
-    if not records: raise InputError(f"{path}: holds no records; a JSON list of at least one record is needed")
-    return records
+    for where, raw in load_rows(path, dropped):
+        if rename and isinstance(raw, dict): raw = {rename.get(k, k): v for k,v in raw.items()}
+        try: record = read_record(raw, fmt, where, need_answer)
+        except InputError as e: _drop(e, dropped)
+        else:
+            fmt = record.fmt
+            yield record
+
+# %% ../nbs/00_data.ipynb #0f532c38
+def load_records(
+    path, # JSON, JSONL, CSV, TSV or Parquet, perhaps gzipped; '-' is standard input, 'hub:owner/name' a set on the hub
+    fmt:str|None=None, # A key of `FORMATS`; None: recognised from the first record
+    need_answer:bool=True, # Refuse records without an answer?
+    rename:dict|None=None, # The file's names for fields to ours, such as {'question': 'instruction'}
+    dropped:list|None=None, # Collects messages about records that are left out; None: the first one raises
+)->list: # `Record`s in file order, at least one
+    "The checked records of a file, raising `InputError` at the first that is not right"
+    records = list(iter_records(path, fmt, need_answer, rename, dropped))
+    if records: return records
+    why = f"all {len(dropped)} were dropped, the first as {dropped[0]}" if dropped else "write a list of records"
+    raise InputError(f"{path}: holds no records; {why}")
+
+# %% ../nbs/00_data.ipynb #485a8982
+def summarize_records(
+    records, # `Record`s
+    dropped:list|None=None, # Messages about records that were left out
+)->str: # A line, and one more for each dropped record, the first three
+    "What a set is: its format, its size, and what was left out of it"
+    chars = sorted(len(m.content) for r in records for m in r.messages if m.role=='assistant') or [0]
+    formats = ' and '.join(Counter(r.fmt for r in records))
+    lines = [f"{len(records):,} records in {formats} format, {sum(len(r.messages) for r in records):,} turns; "
+             f"answers have {chars[0]} to {chars[-1]:,} characters, median {chars[len(chars)//2]}"]
+    if dropped: lines.append(f"{len(dropped)} records dropped, among them:")
+    return '\n'.join(lines + [f"  {d}" for d in (dropped or [])[:3]])
 
 # %% ../nbs/00_data.ipynb #faf0e46c
 def write_atomic(
@@ -376,45 +532,54 @@ def write_atomic(
         Path(temporary).unlink(missing_ok=True)
         raise
 
-# %% ../nbs/00_data.ipynb #cbfd55ba
+# %% ../nbs/00_data.ipynb #017962ca
+def _json_text(obj, indent):
+    try:
+        text = json.dumps(obj, indent=indent, ensure_ascii=False, allow_nan=False)
+        if not text.isascii() and re.search('[\ud800-\udfff]', text): return json.dumps(obj, indent=indent)
+        return text
+    except (TypeError, ValueError, RecursionError) as e:
+        raise InputError(f"a value cannot be written as JSON, got {e}; leave its field out") from None
+
+# %% ../nbs/00_data.ipynb #88b2d08d
 def save_json(
     path, # The file to write
     obj, # What to write
     indent:int|None=4, # Spaces per level; None: all on one line
 ):
     "Write `obj` as JSON, whole or not at all"
-    write_atomic(path, json.dumps(obj, indent=indent, ensure_ascii=False, allow_nan=False)+'\n')
+    write_atomic(path, _json_text(obj, indent)+'\n')
 
-# %% ../nbs/00_data.ipynb #be955ec9
+# %% ../nbs/00_data.ipynb #a2101c2d
 def load_json(
     path, # A JSON file
 )->object: # What it holds
     "The value in a JSON file, raising `InputError` if it is not exactly one"
-    text = decode_text(read_bytes(path), str(path)).strip()
+    text = read_text(path).strip()
     value, end = parse_json(text, str(path))
     if text[end:].strip(): raise InputError(f"{path}: text after the end, got {shorten(text[end:])}; take it out")
     return value
 
-# %% ../nbs/00_data.ipynb #4ae26aee
+# %% ../nbs/00_data.ipynb #af9cd74f
 def save_records(
     path, # A file ending in .json or .jsonl, perhaps with .gz after it
     records, # `Record`s or dictionaries
 ):
     "Write each record exactly as its file had it, extra fields included"
-    path, rows = Path(path), [r.raw if isinstance(r, Record) else r for r in records]
-    lines = '.jsonl' in path.suffixes
-    text = ''.join(json.dumps(r, ensure_ascii=False)+'\n' for r in rows) if lines else \
-           json.dumps(rows, ensure_ascii=False, indent=4)+'\n'
-    write_atomic(path, gzip.compress(text.encode(), mtime=0) if path.suffix=='.gz' else text)
+    kind = re.search(r'\.(jsonl?)(\.gz)?$', str(path))
+    if not kind: raise InputError(f"{path}: records are written as .json or .jsonl, perhaps with .gz; change the name")
+    rows = [r.raw if isinstance(r, Record) else r for r in records]
+    text = ''.join(_json_text(r, None)+'\n' for r in rows) if kind[1]=='jsonl' else _json_text(rows, 4)+'\n'
+    write_atomic(path, gzip.compress(text.encode(), mtime=0) if kind[2] else text)
 
-# %% ../nbs/00_data.ipynb #90920a2e
+# %% ../nbs/00_data.ipynb #389959e4
 def default_data_file()->Path: # data/sft/train/instruction-data.json, here or beside the package
     "The record set that comes with the library, raising `FileNotFoundError` where there is none"
     import sft_nb
     for folder in Path(), Path(sft_nb.__file__).parent.parent:
         file = folder/'data'/'sft'/'train'/'instruction-data.json'
         if file.exists(): return file
-    raise FileNotFoundError(f"{file}: the record set that comes with the repository is not there; pass a file of your own")
+    raise FileNotFoundError(f"{file}: the set that comes with the repository is not there; pass a file of your own")
 
 # %% ../nbs/00_data.ipynb #045fa1d0
 class Split(NamedTuple):
@@ -425,36 +590,83 @@ class Split(NamedTuple):
 
     def __str__(self): return f"train: {len(self.train)}, test: {len(self.test)}, val: {len(self.val)}"
 
-# %% ../nbs/00_data.ipynb #06fd464a
+# %% ../nbs/00_data.ipynb #2d3a47d8
+def split_sizes(
+    n:int, # Records
+    train:float, # Share for training
+    test:float, # Share for the test
+)->tuple: # Sizes of train, test and validation, which add up to `n`
+    "The sizes of three parts, raising `InputError` if one would be empty"
+    if not (0<train<1 and 0<test<1 and train+test<1):
+        raise InputError(f"split: shares must be above 0 and leave some for validation, got train={train}, test={test}")
+    n_train, n_test = int(n*train), int(n*test)
+    sizes = n_train, n_test, n-n_train-n_test
+    if min(sizes)>0: return sizes
+    raise InputError(f"split: a part would be empty, got {n} records as train {sizes[0]}, test {sizes[1]}, "
+                     f"val {sizes[2]}; add records or change the shares")
+
+# %% ../nbs/00_data.ipynb #dd3a6f3c
+def prompt_key(
+    record, # A `Record`
+)->str: # Equal for prompts that differ in letter case and white space only
+    "What is asked in a record, in plain form"
+    asked = [m for m in record.messages if m.role!='assistant']
+    return '\0'.join(f'{m.role}:{" ".join(m.content.casefold().split())}' for m in asked)
+
+# %% ../nbs/00_data.ipynb #25adf89d
+class Groups:
+    "Rows in groups that grow by joining"
+    def __init__(self,
+        n:int, # Rows, each a group of its own at first
+    ): self.parent = list(range(n))
+
+    def root(self, i):
+        "The first row of the group that `i` is in"
+        while self.parent[i]!=i: self.parent[i] = i = self.parent[self.parent[i]]
+        return i
+
+    def join(self, i, j):
+        "Make the groups of `i` and `j` one; False if they were"
+        i, j = sorted((self.root(i), self.root(j)))
+        self.parent[j] = i
+        return i!=j
+
+    def lists(self):
+        "The groups as ascending lists, each row in exactly one"
+        groups = {}
+        for i in range(len(self.parent)): groups.setdefault(self.root(i), []).append(i)
+        return list(groups.values())
+
+# %% ../nbs/00_data.ipynb #514da2b1
+def _deal_groups(records, groups, sizes, seed):
+    "Rows of each part: groups in hashed order, each to the first part that has room for it"
+    turn = lambda group: hashlib.sha256(f'{seed}:{min(prompt_key(records[i]) for i in group)}'.encode()).digest()
+    parts = [[] for _ in sizes]
+    for group in sorted(groups, key=turn):
+        room = [size-len(part) for size,part in zip(sizes, parts)]
+        fits = [k for k,r in enumerate(room) if r>=len(group)]
+        parts[fits[0] if fits else room.index(max(room))] += group
+    return [sorted(part) for part in parts]
+
+# %% ../nbs/00_data.ipynb #55a34e45
 def split_records(
-    records, # Records or dictionaries
+    records, # `Record`s or dictionaries
     train:float=0.85, # Share of the set for training, in (0, 1)
     test:float=0.1, # Share for the test; what is left is for validation
     seed:int|None=None, # None: file order. A number: by chance, the same for the same number
-)->Split: # The three parts
-    "Split a set in file order, or by chance with duplicates kept together"
+    together=(), # With a seed: pairs of indices that must not be parted, such as `find_near_duplicates` gives
+)->Split: # The three parts, each in file order
+    "Split a set in file order, or by chance with equal prompts kept together"
     records = as_records(records)
-    if not (0<train<1 and 0<test<1 and train+test<1+1e-9):
-        raise InputError(f"split: shares must be above 0 and leave some for validation, got train={train}, test={test}")
-    n_train, n_test = int(len(records)*train), int(len(records)*test)
-    sizes = n_train, n_test, len(records)-n_train-n_test
-    if min(sizes)<1:
-        raise InputError(f"split: a part would be empty, got {len(records)} records as train {sizes[0]}, test {sizes[1]}, "
-                         f"val {sizes[2]}; add records or change the shares")
-    if seed is None: return Split(records[:n_train], records[n_train:n_train+n_test], records[n_train+n_test:])
-    return Split(*_split_groups(records, sizes, seed))
-
-# %% ../nbs/00_data.ipynb #e7272a8d
-def _prompt_key(record): return '\0'.join(f'{m.role}:{" ".join(m.content.casefold().split())}' for m in record.messages
-                                          if m.role!='assistant')
-
-def _split_groups(records, sizes, seed):
-    groups = {}
-    for i,r in enumerate(records): groups.setdefault(_prompt_key(r), []).append(i)
-    draw = lambda key: hashlib.sha256(f'{seed}:{key}'.encode()).digest()
-    parts = [[] for _ in sizes]
-    for key in sorted(groups, key=draw):
-        room = [size-len(part) for size,part in zip(sizes, parts)]
-        fits = [i for i,r in enumerate(room) if r>=len(groups[key])]
-        parts[fits[0] if fits else room.index(max(room))] += groups[key]
-    return [[records[i] for i in sorted(part)] for part in parts]
+    sizes = split_sizes(len(records), train, test)
+    if seed is None:
+        if together: raise InputError("split: together= needs a seed, since file order moves nothing; pass seed=1")
+        return Split(records[:sizes[0]], records[sizes[0]:sizes[0]+sizes[1]], records[sizes[0]+sizes[1]:])
+    groups, first = Groups(len(records)), {}
+    for i,r in enumerate(records): groups.join(first.setdefault(prompt_key(r), i), i)
+    for i,j,*_ in together: groups.join(i, j)
+    parts = _deal_groups(records, groups.lists(), sizes, seed)
+    if not all(parts):
+        raise InputError(f"split: a part is empty, got sizes {[len(p) for p in parts]}, since too many prompts are "
+                         "alike to be parted; add records or join fewer")
+    return Split(*([records[i] for i in part] for part in parts))

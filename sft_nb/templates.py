@@ -7,7 +7,7 @@ __all__ = ['TEMPLATES', 'SENTINEL', 'format_input', 'Segment', 'Rendered', 'Text
            'ChatTemplate', 'get_template', 'template_names', 'render_prompt', 'render_record', 'save_template',
            'load_template']
 
-# %% ../nbs/01_templates.ipynb #2db90b05
+# %% ../nbs/01_templates.ipynb #c9780550
 import datetime, hashlib, json, re
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -17,8 +17,8 @@ import jinja2
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from .data import (InputError, Message, Record, as_records, decode_text, load_json, near_misses, read_bytes,
-                         save_json, shorten, write_atomic)
+from .data import (InputError, Message, Record, as_records, load_json, near_misses, read_text, save_json,
+                         shorten, write_atomic)
 
 # %% ../nbs/01_templates.ipynb #143dfa37
 def format_input(
@@ -300,7 +300,7 @@ def save_template(
     save_json(folder/'sft_template.json', dict(kind=kind, **described, fingerprint=template.fingerprint))
     if template.jinja: write_atomic(folder/'chat_template.jinja', template.jinja)
 
-# %% ../nbs/01_templates.ipynb #58e107b3
+# %% ../nbs/01_templates.ipynb #c0af01c9
 def load_template(
     folder, # A model folder
 ): # A `TextTemplate` or `ChatTemplate`
@@ -315,7 +315,7 @@ def load_template(
         return template
     config = load_json(folder/'tokenizer_config.json') if (folder/'tokenizer_config.json').exists() else {}
     file = folder/'chat_template.jinja'
-    source = decode_text(read_bytes(file), str(file)) if file.exists() else config.get('chat_template')
+    source = read_text(file) if file.exists() else config.get('chat_template')
     if not isinstance(source, str): raise FileNotFoundError(f"{folder}: has no chat template; name a template")
     special = {k: v['content'] if isinstance(v, dict) else v for k,v in config.items() if k.endswith('_token')}
     return ChatTemplate(folder.name, source, tuple((k,v) for k,v in special.items() if isinstance(v, str)))
