@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['LOSS_ON', 'KINDS', 'READ', 'LEARNED', 'STOP', 'MUTE', 'SPEAKERS', 'OVER_LONG', 'STYLES', 'CACHE_VERSION', 'Example',
-           'stop_ids', 'missing_tokens', 'encode_segments', 'segment_kinds', 'check_choice', 'Row', 'encode_rows',
-           'Flat', 'flatten_rows', 'learn_weights', 'encode_record', 'encode_prompt', 'check_loss', 'cut_answer',
-           'cut_prompt', 'fit_row', 'visible', 'token_texts', 'TokenView', 'view_record', 'Receipt', 'receipt_text',
-           'Plan', 'buffer_types', 'RowWriter', 'iter_records', 'encode_all', 'refuse_rows', 'cache_name', 'open_rows',
-           'load_or_encode', 'FlatRows', 'InstructionDataset', 'whole_entry', 'wrong_rows']
+           'stop_ids', 'missing_tokens', 'goes_on', 'encode_segments', 'segment_kinds', 'check_choice', 'Row',
+           'encode_rows', 'Flat', 'flatten_rows', 'learn_weights', 'encode_record', 'encode_prompt', 'check_loss',
+           'cut_answer', 'cut_prompt', 'fit_row', 'visible', 'token_texts', 'TokenView', 'view_record', 'Receipt',
+           'receipt_text', 'Plan', 'buffer_types', 'RowWriter', 'iter_records', 'encode_all', 'refuse_rows',
+           'cache_name', 'open_rows', 'load_or_encode', 'FlatRows', 'InstructionDataset', 'whole_entry', 'wrong_rows']
 
 # %% ../nbs/02_dataset.ipynb #de3fa5a1
 import hashlib, html, os, re, tempfile
@@ -60,19 +60,35 @@ def missing_tokens(
     found = re.findall(r'<\|?\w+\|?>|</s>', printed)
     return [t for t in dict.fromkeys(found) if t not in tokenizer.control_tokens]
 
-# %% ../nbs/02_dataset.ipynb #805100e4
+# %% ../nbs/02_dataset.ipynb #85479ba2
+def goes_on(
+    segments, # The segments of one `Rendered`
+    tokenizer:Tokenizer, # Turns text into ids
+)->list: # For each segment: does it go on after plain text?
+    "Which segments need `tokenizer.inside`; none, where that is the tokenizer itself"
+    if tokenizer.inside is tokenizer: return [False]*len(segments)
+    after_text, found = False, []
+    for s in segments:
+        found.append(after_text)
+        ids = tokenizer.encode_control(s.text) if s.control else []
+        if s.text or s.stop: after_text = not (s.stop or (ids and ids[-1] in tokenizer.control_ids))
+    return found
+
+# %% ../nbs/02_dataset.ipynb #e1eefbe2
 def encode_segments(
     rendered, # `Rendered`s, whole records or prompts
     tokenizer:Tokenizer, # Turns text into ids
 )->list: # For each of them, the ids of each segment
     "Encode each segment by itself: template text once for all, contents in one batch"
-    segments = [s for r in rendered for s in r.segments]
-    stops = {text: stop_ids(text, tokenizer) for text in {s.text for s in segments if s.stop}}
-    frame = {text: tokenizer.encode_control(text) for text in {s.text for s in segments if s.control and not s.stop}}
-    texts = list(dict.fromkeys(s.text for s in segments if not s.control))
-    words = dict(zip(texts, tokenizer.encode_batch(texts)))
-    table = lambda s: stops if s.stop else frame if s.control else words
-    return [[table(s)[s.text] for s in r.segments] for r in rendered]
+    segments = [list(zip(r.segments, goes_on(r.segments, tokenizer))) for r in rendered]
+    distinct = dict.fromkeys(('stop' if s.stop else s.control, s.text, on) for row in segments for s,on in row)
+    ids = {}
+    for on, t in ((False, tokenizer), (True, tokenizer.inside)):
+        words = [text for kind,text,o in distinct if kind is False and o==on]
+        ids |= zip(((False, text, on) for text in words), t.encode_batch(words))
+        ids |= {(True, text, on): t.encode_control(text) for kind,text,o in distinct if kind is True and o==on}
+        ids |= {('stop', text, on): stop_ids(text, tokenizer) for kind,text,o in distinct if kind=='stop' and o==on}
+    return [[ids['stop' if s.stop else s.control, s.text, on] for s,on in row] for row in segments]
 
 # %% ../nbs/02_dataset.ipynb #186bbf76
 LOSS_ON = ('response', 'last', 'all', 'message')
@@ -659,7 +675,7 @@ def whole_entry(
     output = entry['output'] if isinstance(entry, dict) else entry.output
     return format_input(entry) + f"\n\n### Response:\n{output}"
 
-# %% ../nbs/02_dataset.ipynb #00ddc958
+# %% ../nbs/02_dataset.ipynb #fcf118f9
 def wrong_rows(
     dataset:InstructionDataset, # Made with a template
 )->list: # (where, wanted, learned) for each row that learns something else than its answers
@@ -673,6 +689,7 @@ def wrong_rows(
         ids, learned = rows[i].ids, np.isin(rows.kinds(i), (LEARNED, STOP))
         learned[0] = row.kinds[0] in (LEARNED, STOP) # muted only because nothing predicts it
         edges = np.flatnonzero(np.diff(learned, prepend=False, append=False)).reshape(-1, 2)
-        said = ''.join(text(ids[:b])[len(text(ids[:a])):] for a,b in edges)
-        if said!=''.join(wanted): found.append((rows.where(i), ''.join(wanted), said))
+        said = ''.join(text(ids[a:b]) for a,b in edges)
+        inside = ''.join(text(ids[:b])[len(text(ids[:a])):] for a,b in edges) # a space in front shows only after other text
+        if ''.join(wanted) not in (said, inside): found.append((rows.where(i), ''.join(wanted), said))
     return found

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['GPT2_FILES', 'GPT2_SHA256', 'END_OF_TEXT', 'END_TOKENS', 'read_gpt2_file', 'byte_alphabet', 'gpt2_settings',
            'use_offline_gpt2', 'Tokenizer', 'whole_text', 'on_all_cores', 'TiktokenTokenizer', 'fingerprint_of',
-           'get_gpt2_tokenizer', 'content_encoder', 'JsonTokenizer', 'find_end', 'bpe_tokenizer', 'gpt2_as_json',
-           'tokenizer_from_file', 'token_text', 'as_tokenizer']
+           'get_gpt2_tokenizer', 'content_encoder', 'unknown_id', 'JsonTokenizer', 'find_end', 'bpe_tokenizer',
+           'gpt2_as_json', 'without_first_space', 'tokenizer_from_file', 'token_text', 'as_tokenizer']
 
 # %% ../nbs/01a_tokenizer.ipynb #56e0d54a
 import hashlib, json, os
@@ -67,7 +67,7 @@ def use_offline_gpt2():
 
 use_offline_gpt2()
 
-# %% ../nbs/01a_tokenizer.ipynb #8c74f8e8
+# %% ../nbs/01a_tokenizer.ipynb #2da18301
 class Tokenizer:
     "Text to ids and back: `encode` for content, `encode_control` for template text"
     def __init__(
@@ -81,6 +81,11 @@ class Tokenizer:
         self.name, self.n_vocab, self.control_tokens, self.eos_id = name, n_vocab, control_tokens, eos_id
         self.pad_id = eos_id if pad_id is None else pad_id
         self.control_ids = frozenset(control_tokens.values())
+
+    @property
+    def inside(self)->'Tokenizer':
+        "The tokenizer for a text that goes on after other text; nearly always the same"
+        return self
 
     def encode(self, text:str)->list:
         "Ids of ordinary `text`: never a control token, whatever the text says"
@@ -172,19 +177,25 @@ def get_gpt2_tokenizer(
     "GPT-2's tokenizer, from the files in the package"
     return TiktokenTokenizer(tiktoken.get_encoding('gpt2'))
 
-# %% ../nbs/01a_tokenizer.ipynb #7167a8dc
+# %% ../nbs/01a_tokenizer.ipynb #6e559b07
 def content_encoder(
-    tok:tokenizers.Tokenizer, # Any tokenizer
+    settings:dict, # Of any tokenizer, as its JSON has them
     control, # Texts that must not become tokens
-)->tokenizers.Tokenizer: # A copy that reads them as ordinary text
-    "A copy of `tok` that is blind to the `control` tokens"
-    settings = json.loads(tok.to_str())
-    for added in settings['added_tokens']: added['special'] = added['content'] in control
-    copy = tokenizers.Tokenizer.from_str(json.dumps(settings))
-    copy.encode_special_tokens = True
-    return copy
+)->tokenizers.Tokenizer: # Reads them as ordinary text
+    "A tokenizer that is blind to the `control` tokens"
+    added = [a | {'special': a['content'] in control} for a in settings['added_tokens']]
+    tok = tokenizers.Tokenizer.from_str(json.dumps(settings | {'added_tokens': added}))
+    tok.encode_special_tokens = True
+    return tok
 
-# %% ../nbs/01a_tokenizer.ipynb #cfa19f82
+# %% ../nbs/01a_tokenizer.ipynb #ea8500b0
+def unknown_id(
+    model:dict, # The model part of a tokenizer's settings
+)->int|None: # None for models that know every byte
+    "The id that stands for an unknown character: a control token that content may give without being a forgery"
+    return model['vocab'].get(model.get('unk_token')) if isinstance(model['vocab'], dict) else model.get('unk_id')
+
+# %% ../nbs/01a_tokenizer.ipynb #fa8c9804
 class JsonTokenizer(Tokenizer):
     "A `tokenizers.Tokenizer` (a `tokenizer.json`) behind the common face"
     def __init__(
@@ -195,26 +206,33 @@ class JsonTokenizer(Tokenizer):
         pad:str|None=None, # Text of the padding token; None: the end token
         content_tokens:tuple=(), # Added tokens that content may use, such as '<think>'
     ):
-        self.tok = tokenizers.Tokenizer.from_str(tok.to_str())
-        self.tok.no_truncation()
-        self.tok.no_padding()
+        settings = json.loads(tok.to_str()) | {'truncation': None, 'padding': None}
+        self.tok = tokenizers.Tokenizer.from_str(json.dumps(settings))
         added = {a.content: i for i,a in tok.get_added_tokens_decoder().items()}
         control = {t: i for t,i in sorted(added.items(), key=lambda x: x[1]) if t.strip() and t not in content_tokens}
-        self.content, self.content_tokens = content_encoder(self.tok, control), content_tokens
+        self.content, self.content_tokens = content_encoder(settings, control), content_tokens
         self.eos, self.pad = find_end(tok, name, eos), pad
         super().__init__(name, tok.get_vocab_size(with_added_tokens=True), control, tok.token_to_id(self.eos),
                          None if pad is None else tok.token_to_id(pad))
+        self.forbidden = self.control_ids - ({unknown_id(settings['model'])} - {self.eos_id})
 
     def encode_batch(self, texts)->list:
         try: found = self.content.encode_batch_fast(texts, add_special_tokens=False)
         except TypeError: found = self.content.encode_batch_fast([whole_text(t) for t in texts], add_special_tokens=False)
-        return [e.ids if self.control_ids.isdisjoint(e.ids) else self._encode_apart(t) for t,e in zip(texts, found)]
+        return [e.ids if self.forbidden.isdisjoint(e.ids) else self._encode_apart(t) for t,e in zip(texts, found)]
 
     def _encode_apart(self, text):
         "Halve `text` until no piece gives a control token: some models reach one by ordinary merges"
         if len(text)==1: raise InputError(f"tokenizer {self.name}: {text!r} is a control token; remove it from the text")
         half = len(text)//2
-        return self.encode(text[:half]) + self.encode(text[half:])
+        return self.encode(text[:half]) + self.inside.encode(text[half:])
+
+    @cached_property
+    def inside(self)->'JsonTokenizer':
+        "The tokenizer for a text that goes on after other text: it puts no space in front"
+        if self.tok.encode('a', add_special_tokens=False).tokens[:1]==['a']: return self
+        plain = without_first_space(json.loads(self.tok.to_str()))
+        return JsonTokenizer(tokenizers.Tokenizer.from_str(json.dumps(plain)), self.name, self.eos, self.pad, self.content_tokens)
 
     def encode_control(self, text:str)->list: return self.tok.encode(text, add_special_tokens=False).ids
 
@@ -282,6 +300,20 @@ def gpt2_as_json(
     tok = bpe_tokenizer(GPT2_FILES/'encoder.json', GPT2_FILES/'vocab.bpe')
     tok.add_special_tokens(list(control_tokens))
     return JsonTokenizer(tok, 'gpt2', END_OF_TEXT)
+
+# %% ../nbs/01a_tokenizer.ipynb #5e57aecb
+def without_first_space(
+    settings, # Settings of a tokenizer, or a part of them
+): # A copy
+    "The `settings` with no step that puts a space in front"
+    if isinstance(settings, list):
+        return [without_first_space(x) for x in settings if not (isinstance(x, dict) and x.get('type')=='Prepend')]
+    if not isinstance(settings, dict): return settings
+    kept = {k: None if k=='normalizer' and v and v['type']=='Prepend' else without_first_space(v)
+            for k,v in settings.items() if k not in ('model', 'added_tokens')}
+    if kept.get('type')=='Metaspace': kept |= {'prepend_scheme': 'never'}
+    if kept.get('type')=='ByteLevel': kept |= {'add_prefix_space': False}
+    return kept | {k: settings[k] for k in ('model', 'added_tokens') if k in settings}
 
 # %% ../nbs/01a_tokenizer.ipynb #8ae5aff8
 def tokenizer_from_file(
