@@ -121,7 +121,7 @@ def grad_norm(
 
 FlatAdamW._grad,FlatAdamW.grad_norm = _grad,grad_norm
 
-# %% ../nbs/04c_optimizer.ipynb #7ce460c2
+# %% ../nbs/04c_optimizer.ipynb #231638cf
 def step(
     self, # `FlatAdamW`
     lr:float, # Learning rate of this step
@@ -131,7 +131,7 @@ def step(
     self._settle()
     norm = self.grad_norm()*scale
     if not math.isfinite(norm):
-        raise FloatingPointError(f"step {self.n_updates+1}: the gradient's length is {norm}; lower lr, or look for a damaged weight")
+        raise InputError(f"step {self.n_updates+1}: the gradient's length is {norm}; lower lr, or look for a damaged weight")
     if self.clip and norm>self.clip: scale *= self.clip/norm
     self.n_updates += 1
     number = lambda x: torch.tensor(float(x), device=self.master_N.device)

@@ -1,0 +1,265 @@
+"What a notebook cell cannot hold: processes that die at any moment, and every fast path against the slowest way there is."
+import errno
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from sft_nb import checkpoints
+from sft_nb.data import InputError
+from sft_nb.dataset import Example
+from sft_nb.model import Decoder, ModelConfig
+from sft_nb.training import TrainConfig, accumulate, load_log, micro_batches, train, validate
+
+FORK = multiprocessing.get_context('fork')
+LLAMA = dict(family='llama', vocab_size=31, n_layers=3, width=32, n_heads=4, n_kv_heads=2, head_dim=8, mlp_width=48, max_length=64, tied=True)
+GPT2 = dict(family='gpt2', vocab_size=31, n_layers=2, width=32, n_heads=4, n_kv_heads=4, head_dim=8, mlp_width=64, max_length=64, norm='layer',
+    positions='learned', act='gelu_tanh', gated_mlp=False, tied=True, qkv_bias=True, o_bias=True, mlp_bias=True)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def tiny(seed=1, shape=LLAMA):
+    torch.manual_seed(seed)
+    return Decoder(ModelConfig(**shape))
+
+
+def row(prompt, answer, weight=1., prompt_weight=0.):
+    learn = [prompt_weight]*len(prompt) + [weight]*len(answer)
+    return Example(ids=np.array([*prompt, *answer], dtype=np.int32), learn=np.array(learn, dtype=np.float32), where='test')
+
+
+def rows(n=24, seed=3, **kw):
+    rng = np.random.default_rng(seed)
+    draw = lambda lo, hi: rng.integers(1, 31, size=rng.integers(lo, hi)).tolist()
+    return [row([*range(1, 12), *draw(1, 9)], draw(1, 7), **kw) for _ in range(n)]
+
+
+def bits(model):
+    return hashlib.sha256(b''.join(p.detach().contiguous().view(torch.uint8).numpy().tobytes() for p in model.parameters())).hexdigest()
+
+
+def quiet(*_): pass
+
+
+# every fast path against one row at a time, all logits, plain cross-entropy
+
+def naive_gradients(model, examples):
+    model.zero_grad(set_to_none=True)
+    total = 0.
+    for e in examples:
+        logits = model(torch.tensor(e.ids[None, :-1], dtype=torch.int64))[0]
+        nll = torch.nn.functional.cross_entropy(logits, torch.tensor(e.ids[1:], dtype=torch.int64), reduction='none')
+        total = total + (nll*torch.tensor(e.learn[1:])).sum()
+    total.backward()
+    return total.item(), {n: p.grad.clone() for n,p in model.named_parameters()}
+
+
+BATCHES = dict(
+    ragged=rows(8), one_row=rows(1), identical=rows(1)*5, one_token_answers=[row([*range(1, 12), i], [7]) for i in range(12, 18)],
+    no_common_preamble=[row([i, *range(1, 14)], [5, 7]) for i in range(14, 20)], everything_learned=rows(6, prompt_weight=1.),
+    prompt_weighted=rows(6, prompt_weight=.1), some_rows_masked=[*rows(4), *rows(3, seed=9, weight=0.)],
+    only_the_preamble_common=[row(range(1, 12), [i, 7]) for i in range(12, 18)])
+
+
+@pytest.mark.parametrize('shape', [LLAMA, GPT2], ids=['llama', 'gpt2'])
+@pytest.mark.parametrize('kind', BATCHES)
+def test_fast_paths_equal_the_naive_one(kind, shape):
+    examples = BATCHES[kind]
+    model = tiny(shape=shape)
+    want, grads = naive_gradients(model, examples)
+    for share in (True, False):
+        for size in (0, 1, 3):
+            model.zero_grad(set_to_none=True)
+            loss = accumulate(model, micro_batches(examples, size, share))
+            assert loss == pytest.approx(want, rel=1e-5)
+            for name,p in model.named_parameters():
+                torch.testing.assert_close(p.grad, grads[name], rtol=1e-5, atol=1e-5*grads[name].abs().max().item()+1e-7, msg=f'{name} {share} {size}')
+
+
+def test_validation_is_the_naive_mean():
+    model, examples = tiny(), rows(9)
+    want, _ = naive_gradients(model, examples)
+    assert validate(model, examples, 4) == pytest.approx(want/sum(e.learn[1:].sum() for e in examples), rel=1e-6)
+
+
+# kills
+
+CFG = TrainConfig(lr=3e-3, epochs=4, batch_size=4, micro_batch_size=3, dtype='float32', save_every=1, eval_every=5, best=True)
+DATA = rows(22), rows(6, seed=8)
+
+
+def child(folder, cfg, prepare=None, crash=None):
+    "What each killed process does: resume the run, or begin it"
+    torch.set_num_threads(1)
+    model = tiny()
+    if prepare: prepare(model)
+    if crash: crash()
+    train(model, *DATA, cfg, folder, resume=True, say=quiet)
+    (folder/'done').write_text(bits(model))
+
+
+def run_child(*args):
+    p = FORK.Process(target=child, args=args)
+    p.start()
+    return p
+
+
+def only_mlp(model):
+    for n,p in model.named_parameters(): p.requires_grad_('down' in n)
+
+
+def unbroken(cfg, prepare=None):
+    model = tiny()
+    if prepare: prepare(model)
+    log = train(model, *DATA, cfg, say=quiet)
+    return bits(model), [(s.step, s.loss) for s in log.steps], [(v.step, v.loss) for v in log.vals]
+
+
+def kill_often(folder, n_kills, seed, cfg, prepare=None):
+    draw, kills, torn = random.Random(seed), 0, 0
+    folder.mkdir()
+    while not (folder/'done').exists():
+        p = run_child(folder, cfg, prepare)
+        p.join(timeout=None if kills>=n_kills else draw.uniform(.01, .35))
+        if p.is_alive():
+            os.kill(p.pid, signal.SIGKILL)
+            kills += 1
+        p.join()
+        torn += any((folder/'checkpoints').glob('.part-*'))
+    log = load_log(folder)
+    return (folder/'done').read_text(), [(s.step, s.loss) for s in log.steps], [(v.step, v.loss) for v in log.vals], kills, torn
+
+
+@pytest.mark.parametrize('dtype,prepare', [('float32', None), ('bfloat16', None), ('float32', only_mlp)], ids=['float32', 'bfloat16', 'part_of_the_weights'])
+def test_killed_and_resumed_is_never_stopped(tmp_path, dtype, prepare):
+    cfg = replace(CFG, dtype=dtype)
+    *got, kills, torn = kill_often(tmp_path/'run', 6, 1, cfg, prepare)
+    assert tuple(got) == unbroken(cfg, prepare)
+    assert kills > 0
+
+
+@pytest.mark.slow
+def test_fifty_kills(tmp_path):
+    "Long enough a run that fifty processes can die in it; some die while they write"
+    cfg = replace(CFG, epochs=40)
+    *got, kills, torn = kill_often(tmp_path/'run', 50, 2, cfg)
+    print(f'{kills} kills, {torn} of them while a checkpoint was being written')
+    assert tuple(got) == unbroken(cfg)
+    assert kills == 50 and torn > 0
+
+
+def die_at(n):
+    "Kill this process at the `n`-th act on the disk that a checkpoint consists of"
+    count = [0]
+    def guard(f):
+        def acted(*args, **kw):
+            count[0] += 1
+            if count[0] == n: os.kill(os.getpid(), signal.SIGKILL)
+            return f(*args, **kw)
+        return acted
+    def crash():
+        for name in ('fsync', 'rename', 'replace', 'rmdir', 'unlink', 'mkdir'): setattr(os, name, guard(getattr(os, name)))
+        checkpoints.write_tensors = guard(checkpoints.write_tensors)
+    return crash
+
+
+def test_dying_at_each_act_of_writing(tmp_path):
+    "Not random moments but all of them: between any two acts on the disk, and the run still ends with the same bits"
+    cfg = replace(CFG, epochs=.4, eval_every=2, keep_last=1)
+    want, n, alive = unbroken(cfg), 0, False
+    while not alive:
+        n += 1
+        folder = tmp_path/f'run{n}'
+        folder.mkdir()
+        p = run_child(folder, cfg, None, die_at(n))
+        p.join()
+        alive = p.exitcode == 0
+        if not alive: run_child(folder, cfg).join()
+        log = load_log(folder)
+        assert ((folder/'done').read_text(), [(s.step, s.loss) for s in log.steps], [(v.step, v.loss) for v in log.vals]) == want, n
+    assert n > 30
+
+
+def test_damaged_newest_falls_back_and_says_so(tmp_path):
+    cfg, said = replace(CFG, epochs=2), []
+    train(tiny(), *DATA, cfg, tmp_path/'run', hooks=[lambda e, m: 'stop' if e.step==7 else None], say=quiet)
+    state = tmp_path/'run/checkpoints/step-00000007/state.safetensors'
+    data = bytearray(state.read_bytes())
+    data[len(data)//2] ^= 1
+    state.write_bytes(data)
+    model = tiny(5)
+    train(model, *DATA, cfg, tmp_path/'run', resume=True, say=said.append)
+    assert any('step-00000007: damaged' in line for line in said) and any('step-00000006 of' in line for line in said)
+    assert bits(model) == unbroken(cfg)[0]
+    for p in (tmp_path/'run/checkpoints').iterdir(): (p/'meta.json').write_text('')
+    with pytest.raises(InputError, match='no checkpoint is whole'): train(tiny(), *DATA, cfg, tmp_path/'run', resume=True, say=quiet)
+
+
+def test_a_full_disk_is_said_and_leaves_the_one_before(tmp_path, monkeypatch):
+    real = checkpoints.write_tensors
+    def full(path, tensors):
+        if '-00000004' in str(path): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(path, tensors)
+    monkeypatch.setattr(checkpoints, 'write_tensors', full)
+    with pytest.raises(InputError, match='No space left'): train(tiny(), *DATA, replace(CFG, best=False), tmp_path/'run', say=quiet)
+    assert sorted(os.listdir(tmp_path/'run/checkpoints')) == ['step-00000002', 'step-00000003']
+    monkeypatch.undo()
+    model, cfg = tiny(5), replace(CFG, best=False)
+    train(model, *DATA, cfg, tmp_path/'run', resume=True, say=quiet)
+    assert bits(model) == unbroken(cfg)[0]
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_stops_cleanly(tmp_path, number):
+    cfg = replace(CFG, epochs=500, save_every=100_000)
+    p = run_child(tmp_path/'run', cfg)
+    while not (tmp_path/'run/log.jsonl').exists() or len((tmp_path/'run/log.jsonl').read_text().splitlines()) < 12: time.sleep(.02)
+    os.kill(p.pid, number)
+    p.join(30)
+    log = load_log(tmp_path/'run')
+    assert p.exitcode == 0 and log.stopped.startswith(signal.Signals(number).name)
+    assert os.listdir(tmp_path/'run/checkpoints') == [f'step-{log.steps[-1].step:08d}']
+
+
+def test_refusals_show_the_difference(tmp_path):
+    cfg = replace(CFG, epochs=1)
+    train(tiny(), *DATA, cfg, tmp_path/'run', say=quiet)
+    again = lambda model=None, data=DATA, cfg=cfg: train(model or tiny(), *data, cfg, tmp_path/'run', resume=True, say=quiet)
+    with pytest.raises(InputError, match=r'cfg.seed: 123 -> 5'): again(cfg=replace(cfg, seed=5))
+    with pytest.raises(InputError, match='validation_rows'): again(data=(DATA[0], DATA[1][1:]))
+    with pytest.raises(InputError, match='trained_weights'): again(tiny(shape=dict(LLAMA, n_layers=2)))
+    frozen = tiny()
+    frozen.embed.requires_grad_(False)
+    with pytest.raises(InputError, match='frozen_weights.*trained_weights'): again(frozen)
+    assert again(cfg=replace(cfg, keep_last=1, save_every=3)).steps[-1].step == 6  # these two may differ
+
+
+def test_a_finished_run_resumes_to_its_end(tmp_path):
+    cfg, model = replace(CFG, epochs=1), tiny(7)
+    train(tiny(), *DATA, cfg, tmp_path/'run', say=quiet)
+    log = train(model, *DATA, cfg, tmp_path/'run', resume=True, say=quiet)
+    assert bits(model) == unbroken(cfg)[0] and len(log.steps) == 6
+    kinds = [json.loads(line)['kind'] for line in (tmp_path/'run/log.jsonl').read_text().splitlines()]
+    assert kinds.count('run') == kinds.count('end') == 1
+
+
+def test_a_length_that_is_no_number_is_an_input_error():
+    model = tiny()
+    with torch.no_grad(): model.embed.weight[3] = float('inf')
+    with pytest.raises(InputError, match='lower lr'): train(model, *DATA, CFG, say=quiet)
