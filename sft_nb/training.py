@@ -340,7 +340,7 @@ class Run:
         if self.world.rank: return
         for hook in self.hooks: self.log.stopped = hook(entry, self.model) or self.log.stopped
 
-# %% ../nbs/05_training.ipynb #b3599cc7
+# %% ../nbs/05_training.ipynb #39ce51c4
 def _seed(cfg, step, rank): return int(np.random.SeedSequence([cfg.seed, step, rank]).generate_state(1)[0])
 
 def make_step(
@@ -357,7 +357,7 @@ def make_step(
     loss,targets,tokens,padding,asked = world.sum(loss, add(lambda b: b.n_targets), add(lambda b: b.n_tokens),
         add(lambda b: b.padding*b.n_rows), float(asked_to_stop))
     if not targets: raise InputError(f"step {self.step+1}: no target in its {len(indices)} rows; check loss_on and the length limit")
-    if world.size>1: world.add(*self.optimizer.gradients())
+    if world.size>1: world.add(self.optimizer.gradient())
     lr = lr_at(self.step, self.n_steps, c)
     norm = self.optimizer.step(lr, 1/targets)
     self.step += 1
