@@ -354,7 +354,7 @@ def _drop(error, dropped):
     if dropped is None: raise error from None
     dropped.append(str(error))
 
-# %% ../nbs/00_data.ipynb #b6431d13
+# %% ../nbs/00_data.ipynb #8f651214
 class _Window:
     def __init__(self, portions): self.portions, self.text, self.at, self.line = portions, '', 0, 1
 
@@ -372,6 +372,8 @@ class _Window:
 
     def take(self): self.at += 1
 
+    def here(self): return self.line+self.text.count('\n', 0, self.at)
+
     def value(self, where):
         while True:
             try: found, self.at = parse_json(self.text, where, self.at, self.line)
@@ -379,19 +381,21 @@ class _Window:
                 if not self.more(): raise
             else: return found
 
-# %% ../nbs/00_data.ipynb #6c208e90
+# %% ../nbs/00_data.ipynb #ef44c2bd
 def _list_rows(portions, where):
     window, i = _Window(portions), 0
     window.mark()
     window.take()
     while window.mark()!=']':
         yield f'{where} record {i}', window.value(f'{where} record {i}')
-        mark, what = window.mark(), f"{where} line {window.line}: after record {i}"
+        mark = window.mark()
         if mark==']': break
-        if not mark: raise CutOffError(f"{what} the list's closing bracket is missing; fetch the file again")
-        if mark!=',': raise InputError(f"{what} a comma is missing, got {mark!r}; mend the file there")
+        if mark!=',': raise InputError(f"{where} line {window.here()}: after record {i} " + (
+            f"a comma is missing, got {mark!r}; mend the file there" if mark else
+            "the list's closing bracket is missing; the file is cut off, so fetch it again"))
         window.take()
-        if window.mark()==']': raise InputError(f"{what} a comma stands before the list's closing bracket; take it out")
+        if window.mark()==']':
+            raise InputError(f"{where} line {window.here()}: a comma stands before the list's closing bracket; drop it")
         i += 1
     window.take()
     if window.mark():
