@@ -7,10 +7,10 @@ __all__ = ['LOSS_ON', 'KINDS', 'READ', 'LEARNED', 'STOP', 'MUTE', 'SPEAKERS', 'O
            'stop_ids', 'missing_tokens', 'goes_on', 'encode_segments', 'segment_kinds', 'check_choice', 'Row',
            'encode_rows', 'Flat', 'flatten_rows', 'learn_weights', 'encode_record', 'encode_prompt', 'check_loss',
            'cut_answer', 'cut_prompt', 'fit_row', 'visible', 'token_texts', 'TokenView', 'view_record', 'Receipt',
-           'receipt_text', 'Plan', 'buffer_types', 'RowWriter', 'iter_records', 'encode_all', 'refuse_rows',
+           'receipt_text', 'Plan', 'buffer_types', 'RowWriter', 'stream_records', 'encode_all', 'refuse_rows',
            'cache_name', 'open_rows', 'load_or_encode', 'FlatRows', 'InstructionDataset', 'whole_entry', 'wrong_rows']
 
-# %% ../nbs/02_dataset.ipynb #de3fa5a1
+# %% ../nbs/02_dataset.ipynb #e0dcd814
 import hashlib, html, os, re, tempfile
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
@@ -21,7 +21,7 @@ from typing import Iterator, NamedTuple
 
 import numpy as np
 
-from .data import (InputError, Record, as_records, find_format, load_json, load_records, near_misses, read_record,
+from .data import (InputError, Record, as_records, iter_records, load_json, load_records, near_misses, read_record,
                          save_json, shorten)
 from .templates import format_input, get_template, render_prompt, render_record
 from .tokenizer import Tokenizer, as_tokenizer, get_gpt2_tokenizer, tokenizer_from_file
@@ -286,7 +286,7 @@ def token_texts(
     if held: texts[-1] = tokenizer.decode(done+held)[len(tokenizer.decode(done)):]
     return texts
 
-# %% ../nbs/02_dataset.ipynb #325a7e1b
+# %% ../nbs/02_dataset.ipynb #16785b8d
 STYLES = {'read': ('90', 'color:#767676'), 'learned': ('1;34', 'color:#0072b2;font-weight:bold'),
           'stop': ('30;43', 'background:#e69f00;color:black'), 'mute': ('90', 'color:#767676'),
           'cut': ('9;31', 'color:#b3261e;text-decoration:line-through')}
@@ -307,7 +307,14 @@ class TokenView:
         return f"{self.where}: " + ', '.join(f'{n[k]} {k}' for k in STYLES if n[k])
 
     def __str__(self):
+        if os.environ.get('NO_COLOR'): return self.plain()
         return f'{self.counts()}\n' + ''.join(f'\x1b[{STYLES[kind][0]}m{text}\x1b[0m' for kind,text in self.runs())
+
+    def plain(self)->str:
+        "Without colours: [learned], {stop}, ~cut~"
+        marks = {'learned': '[]', 'stop': '{}', 'cut': '~~'}
+        bracketed = [(marks.get(kind, ('', '')), text) for kind,text in self.runs()]
+        return f'{self.counts()}\n' + ''.join(f'{left}{text}{right}' for (left,right),text in bracketed)
 
     def __repr__(self): return f'TokenView({self.counts()})'
 
@@ -484,17 +491,18 @@ class RowWriter:
             f.close()
         return {k: np.memmap(self.folder/k, t, 'r') for k,t in self.types.items()}
 
-# %% ../nbs/02_dataset.ipynb #b6deb94b
-def iter_records(
-    data, # `Record`s or dictionaries, any iterable
+# %% ../nbs/02_dataset.ipynb #43a54879
+def stream_records(
+    data, # `Record`s or dictionaries, any iterable, or the path of a file
 )->Iterator: # `Record`s
     "Checked records one at a time, without holding them all"
-    fmt = None
-    for i,raw in enumerate(data):
-        if isinstance(raw, Record): yield raw
-        else:
-            if fmt is None and isinstance(raw, dict): fmt = find_format(raw, f'record {i}')
-            yield read_record(raw, fmt or 'alpaca', f'record {i}')
+    if isinstance(data, (str, Path)): yield from iter_records(data)
+    else:
+        fmt = None
+        for i,raw in enumerate(data):
+            record = raw if isinstance(raw, Record) else read_record(raw, fmt, f'record {i}')
+            fmt = record.fmt
+            yield record
 
 # %% ../nbs/02_dataset.ipynb #9d2869e1
 def encode_all(
@@ -564,7 +572,7 @@ def open_rows(
             raise InputError(f"{folder/name}: damaged, got {size} bytes for {wanted[name]} entries; delete {folder}")
     return {k: np.memmap(folder/k, t, 'r') for k,t in buffer_types(n_vocab).items()}, receipt
 
-# %% ../nbs/02_dataset.ipynb #5d762cdc
+# %% ../nbs/02_dataset.ipynb #f7fd361e
 def load_or_encode(
     data, # `Record`s or dictionaries, any iterable
     plan:Plan, # How they become rows
@@ -573,24 +581,24 @@ def load_or_encode(
     "Rows from the cache if they are there, else encoded, and kept only when they are complete"
     if cache is None:
         writer = RowWriter(plan.tokenizer.n_vocab)
-        receipt = encode_all(iter_records(data), plan, writer)
+        receipt = encode_all(stream_records(data), plan, writer)
         return writer.finish(), receipt
-    if iter(data) is data: raise InputError("data: a cache reads the records twice, got a one-time iterator; give a list")
-    folder = Path(cache)/cache_name(iter_records(data), plan)
+    if not isinstance(data, Path) and iter(data) is data: raise InputError("data: a cache reads the records twice, got a one-time iterator; give a list")
+    folder = Path(cache)/cache_name(stream_records(data), plan)
     if not folder.is_dir():
         Path(cache).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache, prefix='unfinished-') as unfinished:
             part = Path(unfinished)/'rows'
             part.mkdir()
             writer = RowWriter(plan.tokenizer.n_vocab, part)
-            encode_all(iter_records(data), plan, writer).save(part/'receipt.json')
+            encode_all(stream_records(data), plan, writer).save(part/'receipt.json')
             writer.finish()
             try: part.rename(folder)
             except OSError: # another process was faster, and its rows are the same
                 if not folder.is_dir(): raise
     return open_rows(folder, plan.tokenizer.n_vocab)
 
-# %% ../nbs/02_dataset.ipynb #f3a746cb
+# %% ../nbs/02_dataset.ipynb #5e498bcd
 class FlatRows:
     "A sequence of `Example`s over flat buffers"
     def __init__(
@@ -610,7 +618,8 @@ class FlatRows:
     def where(self, i)->str:
         "The address of the record that row `i` comes from"
         row = int(self.arrays['rows'][i])
-        return self.data[row].where if isinstance(self.data, list) and isinstance(self.data[row], Record) else f'record {row}'
+        if isinstance(self.data, list) and isinstance(self.data[row], Record): return self.data[row].where
+        return f"{self.data if isinstance(self.data, (str, Path)) else ''} record {row}".strip()
 
     def kinds(self, i)->np.ndarray:
         "READ, LEARNED, STOP or MUTE for each id of row `i`"
@@ -631,7 +640,7 @@ class FlatRows:
         vars(self).update(state)
         self.arrays = {k: np.memmap(*a, 'r') if isinstance(a, tuple) else a for k,a in self.arrays.items()}
 
-# %% ../nbs/02_dataset.ipynb #0af70ec4
+# %% ../nbs/02_dataset.ipynb #879aadb9
 class InstructionDataset:
     "Records as ids: plain lists without a `template`, `Example`s with one"
     def __init__(
@@ -646,7 +655,8 @@ class InstructionDataset:
         cache=None, # Folder that keeps the ids for the next start; None: nothing is kept
         no_target:str='raise', # 'raise' or 'drop': what to do with a row in which nothing is learned
     ):
-        self.data = load_records(data) if isinstance(data, (str, Path)) else data
+        whole = isinstance(data, (str, Path)) and (template is None or str(data)=='-') # standard input is read only once
+        self.data = load_records(data) if whole else data
         self.tokenizer, self.receipt = as_tokenizer(tokenizer), None
         if template is None:
             if max_length or cache: raise InputError("template: a length limit or a cache needs one, got None; try 'alpaca'")
@@ -675,21 +685,22 @@ def whole_entry(
     output = entry['output'] if isinstance(entry, dict) else entry.output
     return format_input(entry) + f"\n\n### Response:\n{output}"
 
-# %% ../nbs/02_dataset.ipynb #fcf118f9
+# %% ../nbs/02_dataset.ipynb #ff05d93c
 def wrong_rows(
     dataset:InstructionDataset, # Made with a template
 )->list: # (where, wanted, learned) for each row that learns something else than its answers
     "Rows whose learned ids do not decode to the answers of their records with their stop tokens; cut rows are skipped"
     plan, rows, found = dataset.plan, dataset.encoded_texts, []
-    text = plan.tokenizer.decode
-    for i,number in enumerate(rows.arrays['rows']):
-        row = encode_rows(iter_records([dataset.data[number]]), plan.template, plan.tokenizer, plan.loss_on)[0]
-        if plan.max_length and len(row)>plan.max_length: continue
-        wanted = [s.text or text([plan.tokenizer.eos_id]) for s,k in zip(row.segments, row.kinds) if k in (LEARNED, STOP)]
+    text, numbers = plan.tokenizer.decode, {int(n): i for i,n in enumerate(rows.arrays['rows'])}
+    for number, record in enumerate(stream_records(dataset.data)):
+        row = encode_rows([record], plan.template, plan.tokenizer, plan.loss_on)[0]
+        if number not in numbers or (plan.max_length and len(row)>plan.max_length): continue
+        i = numbers[number]
+        wanted = ''.join(s.text or text([plan.tokenizer.eos_id]) for s,k in zip(row.segments, row.kinds) if k in (LEARNED, STOP))
         ids, learned = rows[i].ids, np.isin(rows.kinds(i), (LEARNED, STOP))
         learned[0] = row.kinds[0] in (LEARNED, STOP) # muted only because nothing predicts it
         edges = np.flatnonzero(np.diff(learned, prepend=False, append=False)).reshape(-1, 2)
         said = ''.join(text(ids[a:b]) for a,b in edges)
         inside = ''.join(text(ids[:b])[len(text(ids[:a])):] for a,b in edges) # a space in front shows only after other text
-        if ''.join(wanted) not in (said, inside): found.append((rows.where(i), ''.join(wanted), said))
+        if wanted not in (said, inside): found.append((rows.where(i), wanted, said))
     return found

@@ -1,0 +1,474 @@
+"01a_tokenizer and 02_dataset: what the cells cannot hold: arbitrary text, other libraries as judges, processes, scale."
+import json, multiprocessing, os, resource, subprocess, sys, textwrap, time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiktoken
+import tokenizers
+from hypothesis import HealthCheck, given, settings, strategies as st
+
+import sft_nb.dataset as ds
+from sft_nb.data import InputError, Message, Record, as_records, default_data_file, load_records
+from sft_nb.dataset import (InstructionDataset, Plan, LEARNED, STOP, cut_answer, cut_prompt, encode_all, encode_prompt, encode_record,
+                            encode_rows, fit_row, missing_tokens, wrong_rows)
+from sft_nb.templates import get_template, render_record, template_names
+from sft_nb.tokenizer import (GPT2_FILES, JsonTokenizer, as_tokenizer, bpe_tokenizer, get_gpt2_tokenizer, gpt2_as_json,
+                              tokenizer_from_file)
+
+ROOT = Path(__file__).parent.parent
+quick = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+# ---------------------------------------------------------------- tokenizers to test with
+
+def byte_level():
+    "GPT-2's vocabulary with control tokens of both kinds, and one run of spaces as a plain addition"
+    tok = bpe_tokenizer(GPT2_FILES/'encoder.json', GPT2_FILES/'vocab.bpe')
+    tok.add_special_tokens(['<|im_start|>', '<|im_end|>', '<|user|>'])
+    tok.add_tokens(['<think>', tokenizers.AddedToken('</tool>', normalized=True, rstrip=True), '        '])
+    return JsonTokenizer(tok, 'byte-level', '<|im_end|>')
+
+
+def sentencepiece(kind, corpus):
+    "A small tokenizer of the kind of Llama 2 (BPE) or T5 (Unigram)"
+    special = ['<unk>', '<s>', '</s>', '<|user|>']
+    if kind=='bpe':
+        tok = tokenizers.SentencePieceBPETokenizer()
+        tok.train_from_iterator(corpus, vocab_size=600, special_tokens=special, show_progress=False)
+    else:
+        tok = tokenizers.SentencePieceUnigramTokenizer()
+        tok.train_from_iterator(corpus, vocab_size=400, special_tokens=special, unk_token='<unk>', show_progress=False)
+    return JsonTokenizer(tok._tokenizer, kind, '</s>')
+
+
+RECORDS = load_records(default_data_file())
+CORPUS = [r.output for r in RECORDS[:300]] + ['</s> <s> <|user|>']*20
+TIK = get_gpt2_tokenizer()
+CHAT = TIK.with_control_tokens(['<|im_start|>', '<|im_end|>', '<|user|>', '<think>', '</tool>'])
+TOKENIZERS = [CHAT, byte_level(), sentencepiece('bpe', CORPUS), sentencepiece('unigram', CORPUS)]
+CONTROL = ['<|endoftext|>', '<|im_start|>', '<|im_end|>', '<think>', '</tool>', '</s>', '<s>', '<|user|>', '<unk>']
+texts = st.lists(st.one_of(st.text(max_size=12), st.sampled_from(CONTROL), st.sampled_from([' ', '\n', '        ', '<', '|>'])),
+                 max_size=8).map(''.join)
+
+
+def chat_records(n, seed=0):
+    "Conversations of one to four exchanges, made of the record set's words"
+    rng, rows = np.random.default_rng(seed), []
+    for _ in range(n):
+        picked = rng.integers(0, len(RECORDS), rng.integers(1, 5))
+        turns = [dict(role='system', content='Be brief.')] if rng.random()<.3 else []
+        for i in picked: turns += [dict(role='user', content=RECORDS[i].instruction), dict(role='assistant', content=RECORDS[i].output)]
+        rows.append({'messages': turns})
+    return as_records(rows)
+
+
+def ready(template, tokenizer=TIK): return tokenizer.with_control_tokens(missing_tokens(template, tokenizer))
+
+
+# ---------------------------------------------------------------- the vocabulary
+
+def test_gpt2_needs_no_network_and_no_cache(tmp_path):
+    code = """
+        import requests, tiktoken
+        def forbidden(*a, **k): raise RuntimeError('network')
+        requests.get = forbidden
+        import tiktoken_ext.openai_public as public
+        import sft_nb.dataset
+        print(tiktoken.get_encoding('gpt2').encode('Every effort'))
+        assert tiktoken.registry.ENCODING_CONSTRUCTORS['cl100k_base'] is public.cl100k_base
+        import sys; assert 'torch' not in sys.modules
+    """
+    env = os.environ | {'TIKTOKEN_CACHE_DIR': str(tmp_path), 'PYTHONPATH': str(ROOT)}
+    out = subprocess.run([sys.executable, '-c', textwrap.dedent(code)], env=env, capture_output=True, text=True, cwd=tmp_path)
+    assert out.returncode==0, out.stderr
+    assert out.stdout.strip()=='[6109, 3626]' and not list(tmp_path.iterdir())
+
+
+def test_gpt2_equals_the_original_construction():
+    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+    ranks = data_gym_to_mergeable_bpe_ranks(str(GPT2_FILES/'vocab.bpe'), str(GPT2_FILES/'encoder.json'))
+    assert ranks==ds.get_gpt2_tokenizer().enc._mergeable_ranks
+
+
+@quick
+@given(texts)
+def test_gpt2_equals_transformers(text):
+    judge = transformers_gpt2()
+    assert TIK.encode(text)==judge.encode(text, split_special_tokens=True, add_special_tokens=False)
+
+
+_judges = {}
+def transformers_gpt2():
+    if 'gpt2' not in _judges:
+        from transformers import GPT2TokenizerFast
+        _judges['gpt2'] = GPT2TokenizerFast(vocab=str(GPT2_FILES/'encoder.json'), merges=str(GPT2_FILES/'vocab.bpe'))
+    return _judges['gpt2']
+
+
+# ---------------------------------------------------------------- content stays content
+
+@quick
+@given(texts)
+@pytest.mark.parametrize('tok', TOKENIZERS, ids=lambda t: t.name)
+def test_content_never_becomes_control(tok, text):
+    ids = tok.encode(text)
+    forbidden = tok.control_ids - ({tok.token_id('<unk>')} if tok.name in ('bpe', 'unigram') else set())
+    assert forbidden.isdisjoint(ids) and forbidden.isdisjoint(tok.inside.encode(text))
+    if tok.name in ('gpt2', 'byte-level'): assert tok.decode(ids)==text
+
+
+@quick
+@given(st.lists(st.characters(), max_size=30).map(''.join) | st.text(st.characters(categories=['Cs', 'Lu']), max_size=9))
+def test_every_python_string_is_accepted(text):
+    for tok in TOKENIZERS[:2]: assert tok.decode(tok.encode(text))==text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
+
+
+def test_a_vocabulary_that_merges_into_control_tokens_is_tamed():
+    "A model whose ordinary merges spell a control token, as with Unigram pieces or merges that build '</s>'"
+    merges = [('<', '/'), ('</', 's'), ('</s', '>')]
+    vocab = {t: i for i,t in enumerate(['<', '/', 's', '>', '</', '</s', '</s>', 'x'])}
+    tok = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges))
+    tok.add_special_tokens(['</s>'])
+    wrapped = JsonTokenizer(tok, 'spelled')
+    assert wrapped.content.encode('x</s>x').ids==[7, 6, 7] # the trap is real
+    assert 6 not in wrapped.encode('x</s></s>x') and wrapped.encode_control('x</s>')==[7, 6]
+
+
+def test_content_tokens_are_a_choice(tmp_path):
+    byte_level().save(tmp_path)
+    strict, lax = tokenizer_from_file(tmp_path), tokenizer_from_file(tmp_path, content_tokens=('<think>',))
+    assert len(strict.encode('<think>'))>1 and lax.encode('<think>')==strict.encode_control('<think>')
+    assert len(strict.encode('        x'))==2 # white space is no control token
+
+
+def test_huge_and_odd_contents_are_quick():
+    for text in ['one two '*1_250_000, 'a'*1_000_000, '\0'*100_000, '\n'*300_000, '🦔'*50_000, '<|endoftext|>'*20_000]:
+        start = time.time()
+        assert TIK.control_ids.isdisjoint(TIK.encode(text))
+        assert time.time()-start<20
+
+
+def test_save_and_load_give_the_same_ids_here_and_in_transformers(tmp_path):
+    from transformers import AutoTokenizer
+    CHAT.save(tmp_path)
+    ours, theirs = tokenizer_from_file(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    for r in RECORDS[:50]:
+        assert ours.encode(r.output)==CHAT.encode(r.output)==theirs.encode(r.output, add_special_tokens=False)
+    text = '<|im_start|>user\nHi<|im_end|>'
+    assert ours.encode_control(text)==CHAT.encode_control(text)==theirs.encode(text, add_special_tokens=False)
+    assert (theirs.eos_token_id, theirs.pad_token_id)==(ours.eos_id, ours.pad_id)
+    assert as_tokenizer(theirs).encode_control(text)==ours.encode_control(text)
+
+
+@pytest.mark.parametrize('content, error', [(b'{', InputError), (b'\xff\xfe', InputError), (b'{"model": 3}', InputError), (None, FileNotFoundError)])
+def test_broken_tokenizer_files(tmp_path, content, error):
+    if content is not None: (tmp_path/'tokenizer.json').write_bytes(content)
+    with pytest.raises(error, match='tokenizer') as e: tokenizer_from_file(tmp_path)
+    assert '\n' not in str(e.value)
+
+
+# ---------------------------------------------------------------- masks
+
+@pytest.mark.parametrize('template', template_names())
+def test_prompt_is_the_beginning_and_answer_is_learned(template):
+    tok = ready(template)
+    for record in RECORDS[:60]:
+        try: example = encode_record(record, template, tok)
+        except InputError as e: pytest.skip(str(e))
+        prompt = encode_prompt(record, template, tok)
+        assert example.ids[:len(prompt)].tolist()==prompt
+        assert not example.learn[:len(prompt)].any()
+        stop = get_template(template).stop or '<|endoftext|>'
+        said = tok.decode(example.ids[example.learn>0])
+        assert said.strip().removesuffix(stop).strip()==record.output.strip() and said.endswith(stop)
+        assert said.count(stop)==1
+
+
+@pytest.mark.parametrize('template', ['scratchpad', 'alpaca', 'chatml', 'smollm2'])
+def test_round_trip_of_the_whole_record_set(template):
+    data = InstructionDataset(RECORDS, ready(template), template)
+    assert len(data)==1100 and data.receipt.check().rows==1100 and wrong_rows(data)==[]
+    end = get_template(template).stop or '<|endoftext|>'
+    for r,e in zip(RECORDS, data): assert data.tokenizer.decode(e.ids[e.learn>0])==r.output+end
+
+
+@quick
+@given(texts, texts, texts)
+def test_arbitrary_conversations(question, answer, second):
+    record = as_records([{'messages': [dict(role='user', content=question), dict(role='assistant', content=answer),
+                                       dict(role='user', content=second), dict(role='assistant', content=answer+second)]}])[0]
+    for tok in TOKENIZERS[:2]:
+        row = encode_rows([record], 'chatml', tok)[0]
+        example = encode_record(record, 'chatml', tok)
+        stop = tok.token_id('<|im_end|>')
+        assert (example.ids[example.learn>0]==stop).sum()==2==row.n_stops
+        assert tok.decode(example.ids[example.learn>0])==f'{answer}<|im_end|>{answer+second}<|im_end|>'
+        assert (example.ids==stop).sum()==4 and (example.ids==tok.token_id('<|im_start|>')).sum()==4
+
+
+def test_masks_equal_transformers_assistant_masks():
+    "transformers renders, tokenizes jointly and marks what stands between generation tags"
+    from transformers import PreTrainedTokenizerFast
+    tok = ready('chatml', gpt2_as_json())
+    judge = PreTrainedTokenizerFast(tokenizer_object=tok.tok, eos_token='<|im_end|>')
+    judge.chat_template = ("{% for m in messages %}{% if m.role=='assistant' %}{{ '<|im_start|>assistant\\n' }}{% generation %}"
+                           "{{ m.content + '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}{% else %}"
+                           "{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endif %}{% endfor %}")
+    same = 0
+    records = chat_records(300) + RECORDS[:300]
+    for r in records:
+        turns = [dict(role=m.role, content=m.content) for m in r.messages]
+        theirs = judge.apply_chat_template(turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        ours = encode_record(r, 'chatml', tok)
+        if theirs['input_ids']!=ours.ids.tolist(): continue # a merge across a border: theirs is another tokenization
+        same += 1
+        assert theirs['assistant_masks']==ours.learn.astype(int).tolist()
+    assert same>=.99*len(records)
+
+
+@pytest.mark.parametrize('template', ['scratchpad', 'alpaca'])
+def test_masks_equal_character_spans_by_transformers(template):
+    "transformers tokenizes the joint text; a token is learned if its characters belong to the answer"
+    judge, same = transformers_gpt2(), 0
+    for r in RECORDS:
+        text = render_record(r, template).text
+        found = judge(text, return_offsets_mapping=True, add_special_tokens=False)
+        ours = encode_record(r, template, TIK)
+        if found['input_ids']!=ours.ids[:-1].tolist(): continue
+        same += 1
+        start = len(text)-len(r.output)
+        assert [float(b>start) for _,b in found['offset_mapping']]+[1.]==ours.learn.tolist()
+    assert same>=.95*len(RECORDS)
+
+
+def test_marks_in_the_data_win():
+    turns = [dict(role='user', content='A'), dict(role='assistant', content='B', weight=0),
+             dict(role='user', content='C'), dict(role='assistant', content='D', weight=1),
+             dict(role='user', content='E'), dict(role='assistant', content='F')]
+    record = as_records([{'messages': turns}])[0]
+    said = lambda loss_on, w=0.: ''.join(CHAT.decode([i]) for i,l in zip(*(lambda e: (e.ids, e.learn))(encode_record(record, 'chatml', CHAT, loss_on, w))) if l==1)
+    assert said('response')=='D<|im_end|>F<|im_end|>'
+    assert said('last')=='D<|im_end|>F<|im_end|>' # marked 1: learned whatever the choice
+    assert said('message')=='D<|im_end|>'
+    assert 'B<|im_end|>' not in said('all') and 'userE' not in said('message')
+    e = encode_record(record, 'chatml', CHAT, prompt_weight=.5)
+    b = e.ids.tolist().index(CHAT.encode('B')[0])
+    assert e.learn[b]==0 and e.learn[b+1]==0 and set(e.learn.tolist())=={0, .5, 1}
+
+
+@pytest.mark.parametrize('kind', ['bpe', 'unigram'])
+def test_sentencepiece_pieces_equal_the_joint_text(kind):
+    "Where nothing merges across a border, encoding piece by piece is encoding the whole"
+    tok = TOKENIZERS[2 if kind=='bpe' else 3]
+    record = as_records([{'instruction': 'Say the word', 'input': '', 'output': 'the word is said'}])[0]
+    ids = encode_record(record, 'plain', tok).ids.tolist()
+    joint = tok.tok.encode('Say the word\nthe word is said', add_special_tokens=False).ids
+    spaces = lambda x: [i for i in x if tok.tok.id_to_token(i)!='▁']
+    assert spaces(ids[:-1])==spaces(joint) or kind=='unigram'
+    assert tok.decode(ids[:-1])==tok.decode(joint)
+    data = InstructionDataset([record], tok, 'plain')
+    assert wrong_rows(data)==[]
+
+
+# ---------------------------------------------------------------- over-long rows and the receipt
+
+CHATS = chat_records(40, seed=3)
+CHAT_ROWS = encode_rows(CHATS, 'chatml', CHAT)
+
+
+@quick
+@given(st.sampled_from(CHAT_ROWS), st.integers(2, 300), st.sampled_from(['cut_prompt', 'cut_answer', 'drop']))
+def test_policies(row, limit, policy):
+    fitted, reason = fit_row(row, limit, policy)
+    if len(row)<=limit:
+        assert fitted is row and reason=='' # labels of rows that fit do not depend on the limit
+        return
+    assert (fitted is None)==(reason!='cut')
+    if fitted is None: return
+    ids = lambda r: [i for piece in r.ids for i in piece]
+    assert len(fitted)==limit
+    if policy=='cut_answer': assert ids(fitted)==ids(row)[:limit]
+    else:
+        assert fitted.n_stops>=1
+        at = max(i for i,k in enumerate(row.kinds) if k==STOP)
+        assert fitted.ids[at-1:]==row.ids[at-1:] and fitted.kinds[at-1:]==row.kinds[at-1:]
+        frame = [s.control for s in row.segments]
+        assert [p for p,c in zip(fitted.ids, frame) if c]==[p for p,c in zip(row.ids, frame) if c]
+        for i,s in enumerate(row.segments): # an answer that lost words is not learned
+            if fitted.ids[i]!=row.ids[i]: assert fitted.kinds[i] not in (LEARNED, STOP)
+
+
+@quick
+@given(st.integers(2, 200), st.sampled_from(['cut_prompt', 'cut_answer', 'drop']), st.sampled_from(ds.LOSS_ON), st.integers(1, 60))
+def test_receipt_balances(limit, policy, loss_on, piece):
+    plan = Plan(get_template('chatml'), CHAT, loss_on, limit, policy, 'drop')
+    writer = ds.RowWriter(CHAT.n_vocab)
+    try: receipt = encode_all(iter(CHATS), plan, writer, piece)
+    except InputError as e:
+        assert 'no row is left' in str(e)
+        return
+    arrays = writer.finish()
+    assert receipt.rows==len(arrays['rows']) and receipt.tokens==len(arrays['ids'])==arrays['starts'][-1]
+    rows = ds.FlatRows(arrays)
+    assert receipt.targets==sum(int((e.learn>0).sum()) for e in rows)
+    assert all(e.learn[1:].any() and len(e)<=limit and not e.learn[0] for e in rows)
+
+
+@pytest.mark.parametrize('number', ['rows', 'tokens', 'rows_in', 'tokens_in', 'stops_in'])
+def test_unbalanced_receipts_raise(number):
+    receipt = InstructionDataset(RECORDS[:5], TIK, 'alpaca').receipt
+    setattr(receipt, number, getattr(receipt, number)+1)
+    with pytest.raises(ValueError, match='do not balance'): receipt.check()
+
+
+def test_refused_rows_are_named(tmp_path):
+    with pytest.raises(InputError, match=r'rows are longer than max_length=60: .*record \d+ \(\d+ ids\).*over_long') as e:
+        InstructionDataset(RECORDS, TIK, 'alpaca', max_length=60, cache=tmp_path)
+    assert '\n' not in str(e.value) and not list(tmp_path.iterdir()) # nothing half-written
+    muted = as_records([{'messages': [dict(role='user', content='A'), dict(role='assistant', content='B', weight=0)]}])
+    with pytest.raises(InputError, match='1 of 1 rows have nothing to learn'): InstructionDataset(muted, CHAT, 'chatml')
+    kept = InstructionDataset(muted + RECORDS[:3], CHAT, 'chatml', no_target='drop')
+    assert len(kept)==3 and kept.receipt.dropped['no target']['rows']==1 and kept[0].where==RECORDS[0].where
+
+
+def test_receipt_is_saved_as_json(tmp_path):
+    receipt = InstructionDataset(RECORDS, TIK, 'alpaca', max_length=80, over_long='cut_answer').receipt
+    receipt.save(tmp_path/'receipt.json')
+    assert ds.Receipt(**json.loads((tmp_path/'receipt.json').read_text()))==receipt and receipt.cut['stops']>0
+
+
+def test_the_scratchpads_lists_for_every_row():
+    data = json.loads(default_data_file().read_text(encoding='utf-8'))
+    enc = tiktoken.get_encoding('gpt2')
+    for entry,ids in zip(data, InstructionDataset(data, enc)):
+        text = ("Below is an instruction that describes a task.Write a response that appropriately completes the task."
+                f"\n\n### Instruction\n{entry['instruction']}")
+        text += (f"\n\n### Input\n{entry['input']}" if entry['input'] else '') + f"\n\n### Response:\n{entry['output']}"
+        assert ids==enc.encode(text)
+
+
+@quick
+@given(texts)
+def test_views_hold_no_raw_control_characters(text):
+    record = as_records([{'instruction': text, 'input': '', 'output': '\x1b]0;x\x07<b>'+text}])[0]
+    view = ds.view_record(record, 'alpaca', CHAT)
+    import re
+    bare = re.sub(r'\x1b\[[0-9;]*m', '', str(view))
+    assert all(c.isprintable() or c=='\n' for c in bare)
+    assert '<b>' not in view._repr_html_()
+    assert ''.join(t for _,t,_ in view.tokens)==render_record(record, 'alpaca').text + '<|endoftext|>'
+
+
+# ---------------------------------------------------------------- cache, processes, scale
+
+def _second_start(cache, ready_line):
+    "In another process: the same rows without the tokenizer's work"
+    from sft_nb.tokenizer import TiktokenTokenizer
+    def never(*_): raise AssertionError('tokenized again')
+    TiktokenTokenizer.encode_batch = TiktokenTokenizer.encode_control = never
+    data = InstructionDataset(load_records(default_data_file()), 'gpt2', 'alpaca', cache=cache)
+    ready_line.put((len(data), data[7].ids.tolist(), data.receipt.targets))
+
+
+def test_second_start_in_another_process(tmp_path):
+    first = InstructionDataset(RECORDS, 'gpt2', 'alpaca', cache=tmp_path)
+    spawn = multiprocessing.get_context('spawn')
+    line = spawn.Queue()
+    p = spawn.Process(target=_second_start, args=(tmp_path, line))
+    p.start()
+    found = line.get(timeout=60)
+    p.join()
+    assert found==(len(first), first[7].ids.tolist(), first.receipt.targets)
+
+
+def test_cache_is_whole_or_absent(tmp_path, monkeypatch):
+    calls, real = [0], ds.encode_segments
+    def dies(*a):
+        calls[0] += 1
+        if calls[0]==2: raise KeyboardInterrupt
+        return real(*a)
+    with monkeypatch.context() as m:
+        m.setattr(ds, 'encode_segments', dies)
+        with pytest.raises(KeyboardInterrupt): InstructionDataset(RECORDS*2, TIK, 'alpaca', cache=tmp_path)
+    assert not list(tmp_path.iterdir())
+    whole = InstructionDataset(RECORDS*2, TIK, 'alpaca', cache=tmp_path)
+    assert len(list(tmp_path.iterdir()))==1 and len(whole)==2200
+    InstructionDataset(RECORDS*2, TIK, 'alpaca', prompt_weight=.1, cache=tmp_path) # weights are applied when read
+    assert len(list(tmp_path.iterdir()))==1
+    InstructionDataset(RECORDS*2, TIK, 'scratchpad', cache=tmp_path)
+    assert len(list(tmp_path.iterdir()))==2
+
+
+def test_two_builders_at_once(tmp_path, monkeypatch):
+    "The slower one finds the entry in place and uses it"
+    real = ds.encode_all
+    def slow(records, plan, writer):
+        with monkeypatch.context() as m:
+            m.setattr(ds, 'encode_all', real)
+            InstructionDataset(RECORDS[:9], TIK, 'alpaca', cache=tmp_path)
+        return real(records, plan, writer)
+    monkeypatch.setattr(ds, 'encode_all', slow)
+    assert len(InstructionDataset(RECORDS[:9], TIK, 'alpaca', cache=tmp_path))==9
+    assert len(list(tmp_path.iterdir()))==1
+
+
+def test_iterators(tmp_path):
+    assert len(InstructionDataset(iter(RECORDS[:9]), TIK, 'alpaca'))==9
+    with pytest.raises(InputError, match='one-time iterator'): InstructionDataset(iter(RECORDS[:9]), TIK, 'alpaca', cache=tmp_path)
+    with pytest.raises(InputError, match='no row is left of 0'): InstructionDataset([], TIK, 'alpaca')
+
+
+def test_pickled_rows_map_the_same_files(tmp_path):
+    import pickle
+    data = InstructionDataset(RECORDS[:50], gpt2_as_json(), 'alpaca', cache=tmp_path)
+    size = len(pickle.dumps(data.encoded_texts.arrays['ids'])), len(pickle.dumps(data.encoded_texts.__getstate__()['arrays']))
+    assert size[1]<size[0]
+    copy = pickle.loads(pickle.dumps(data))
+    assert isinstance(copy.encoded_texts.arrays['ids'], np.memmap) and copy[3].ids.tolist()==data[3].ids.tolist()
+    assert copy.tokenizer.encode('<|endoftext|>')==data.tokenizer.encode('<|endoftext|>')
+
+
+SCALE = """
+    import itertools, resource, sys, time
+    from sft_nb.data import load_records, default_data_file, Record, Message
+    from sft_nb.dataset import InstructionDataset
+    base = load_records(default_data_file())
+    words = ' '.join(r.output for r in base)
+    class Many:
+        "n records of about 200 tokens, made when they are asked for"
+        def __init__(self, n): self.n = n
+        def __iter__(self):
+            for i in range(self.n):
+                r, a = base[i % len(base)], (i*37) % (len(words)-700)
+                raw = {'instruction': f'{i} {r.instruction}', 'input': '', 'output': words[a:a+620]}
+                yield Record((Message('user', raw['instruction']), Message('assistant', raw['output'])), raw, 'alpaca', f'row {i}')
+    start = time.time()
+    data = InstructionDataset(Many(int(sys.argv[1])), 'gpt2', 'scratchpad', max_length=1024, cache=sys.argv[2])
+    built = time.time()-start
+    start = time.time()
+    again = InstructionDataset(Many(int(sys.argv[1])), 'gpt2', 'scratchpad', max_length=1024, cache=sys.argv[2])
+    print(len(data), data.receipt.tokens, round(built, 1), round(time.time()-start, 1),
+          resource.getrusage(resource.RUSAGE_SELF).ru_maxrss//1024, sum(len(e) for e in itertools.islice(data, 1000)))
+"""
+
+
+def run_scale(n, folder):
+    env = os.environ | {'PYTHONPATH': str(ROOT)}
+    out = subprocess.run([sys.executable, '-c', textwrap.dedent(SCALE), str(n), str(folder)], env=env, capture_output=True, text=True)
+    assert out.returncode==0, out.stderr
+    rows, tokens, secs, again, rss, _ = map(float, out.stdout.split())
+    return dict(rows=rows, tokens=tokens, secs=secs, again=again, rss=rss)
+
+
+def test_memory_does_not_grow_with_the_rows(tmp_path):
+    small, large = run_scale(2_000, tmp_path), run_scale(12_000, tmp_path)
+    assert large['rows']==12_000 and large['tokens']/large['rows']>150
+    assert large['rss']-small['rss']<40 # MiB, for two and a half million tokens more
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_rows(tmp_path):
+    found = run_scale(100_000, tmp_path)
+    print(found)
+    assert found['rss']<500 and found['again']<found['secs']/3
