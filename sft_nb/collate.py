@@ -214,7 +214,7 @@ def batch_order(
     batches = [order[i:i+batch_size] for i in range(0, n, batch_size)]
     return batches[:-1] if drop_last and n%batch_size else batches
 
-# %% ../nbs/03_collate.ipynb #1cc2f8fc
+# %% ../nbs/03_collate.ipynb #6eac30ea
 def windowed_batches(
     lengths, # Length of each row
     batch_size:int, # Rows of a batch
@@ -223,7 +223,7 @@ def windowed_batches(
     window:int=32, # Batches that are sorted together; 1 leaves the order as it is
 )->list: # A list of indices for each batch, every row once
     "Batches of rows of similar length, a pure function of the arguments"
-    lengths, order, batches = np.asarray(lengths), np.array(epoch_order(len(lengths), seed, epoch)), []
+    lengths, order, batches = np.asarray(lengths, int), np.array(epoch_order(len(lengths), seed, epoch), int), []
     for part in np.split(order, range(window*batch_size, len(order), window*batch_size)):
         part = part[np.argsort(lengths[part], kind='stable')]
         batches += np.split(part, range(batch_size, len(part), batch_size))
@@ -239,7 +239,7 @@ def padding_share(
     computed = sum(len(b)*lengths[b].max() for b in batches)
     return 1 - sum(int(lengths[b].sum()) for b in batches)/computed
 
-# %% ../nbs/03_collate.ipynb #973f6007
+# %% ../nbs/03_collate.ipynb #3a9de6e8
 class Packing(NamedTuple):
     "Rows grouped so that each group fits a budget of tokens"
     packs:list # Lists of indices
@@ -251,7 +251,7 @@ def pack_rows(
 )->Packing: # Every row once, in a pack or left out
     "Best fit decreasing, in time proportional to the number of rows"
     if budget<1: raise InputError(f"budget: must be at least 1 token, got {budget}; use the model's context length")
-    lengths, packs, rooms, free = np.asarray(lengths), [], 0, {} # bit r of `rooms`: some pack has room r
+    lengths, packs, rooms, free = np.asarray(lengths, int), [], 0, {} # bit r of `rooms`: some pack has room r
     order = np.argsort(-lengths, kind='stable')
     for i,n in zip(order.tolist(), lengths[order].tolist()):
         if n>budget: continue
@@ -267,7 +267,7 @@ def pack_rows(
         rooms |= 1 << room-n
     return Packing(packs, np.flatnonzero(lengths>budget).tolist())
 
-# %% ../nbs/03_collate.ipynb #08e2c48b
+# %% ../nbs/03_collate.ipynb #ad8eb790
 def packed_batches(
     lengths, # Length of each row
     budget:int, # Most tokens of a pack
@@ -276,7 +276,7 @@ def packed_batches(
     window:int=1024, # Rows that are packed together
 )->Packing: # Packs in the order of training
     "Pack the shuffled rows window by window, a pure function of the arguments"
-    lengths, order = np.asarray(lengths), np.array(epoch_order(len(lengths), seed, epoch))
+    lengths, order = np.asarray(lengths, int), np.array(epoch_order(len(lengths), seed, epoch), int)
     parts = np.split(order, range(window, len(order), window))
     packs = [part[pack].tolist() for part in parts for pack in pack_rows(lengths[part], budget).packs]
     return Packing([packs[i] for i in epoch_order(len(packs), seed+1, epoch)], np.flatnonzero(lengths>budget).tolist())
@@ -332,7 +332,7 @@ class Loaders(NamedTuple):
     test:DataLoader # In the order of the file
     val:DataLoader # In the order of the file
 
-# %% ../nbs/03_collate.ipynb #a0a42fdb
+# %% ../nbs/03_collate.ipynb #a44b93d3
 def make_loaders(
     split:Split, # The three parts
     tokenizer, # Anything `as_tokenizer` takes
@@ -348,5 +348,5 @@ def make_loaders(
     datasets = [InstructionDataset(part, tokenizer, **options) for part in (split.train, split.test, split.val)]
     collate = partial(custom_collate_fn, pad_token_id=tokenizer.pad_id, allowed_max_length=max_length,
                       device=get_default_device() if device is None else device)
-    train, test, val = (partial(DataLoader, d, batch_size, collate_fn=collate) for d in datasets)
+    train, test, val = (partial(DataLoader, d, batch_size, collate_fn=collate, generator=torch.Generator()) for d in datasets)
     return Loaders(train(sampler=EpochSampler(len(datasets[0]), seed), drop_last=True), test(), val())
