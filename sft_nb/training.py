@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'micro_batches', 'accumulate', 'validate', 'World', 'TrainConfig', 'lr_at', 'step_rows', 'StepLog',
            'ValLog', 'TrainLog', 'log_line', 'load_log', 'rows_fingerprint', 'frozen_fingerprint', 'describe_run',
-           'Run', 'make_step', 'check', 'judge', 'keep_best', 'save', 'elapsed', 'resume', 'go', 'agree',
-           'block_options', 'train', 'plot_losses', 'sample_answers', 'live_plot', 'tensorboard', 'weights_and_biases']
+           'peak_memory_gib', 'Run', 'make_step', 'check', 'judge', 'keep_best', 'save', 'elapsed', 'resume', 'go',
+           'agree', 'block_options', 'train', 'plot_losses', 'sample_answers', 'live_plot', 'tensorboard',
+           'weights_and_biases']
 
 # %% ../nbs/05_training.ipynb #e317d3f5
 import hashlib, json, math, os, sys, time
@@ -294,10 +295,13 @@ def describe_run(
             f"memory    {trained/1e6:.4g}M trained of {sum(sizes.values())/1e6:.4g}M weights: {gib:.2g} GiB for weights, gradients and averages, "
             f"and what the rows need")
 
-# %% ../nbs/05_training.ipynb #e8593c6f
+# %% ../nbs/05_training.ipynb #eb5a5e45
 _MAY_DIFFER = ('cfg.keep_last', 'cfg.save_every', 'cfg.eval_batch_size')
 
-def _memory_gib(device):
+def peak_memory_gib(
+    device='cpu', # Whose memory: a GPU's, or else this process's
+)->float: # GiB
+    "Most memory held at any moment so far"
     if torch.device(device).type=='cuda': return torch.cuda.max_memory_allocated(device)/2**30
     try: import resource
     except ImportError: return 0.
@@ -340,7 +344,7 @@ class Run:
         if self.world.rank: return
         for hook in self.hooks: self.log.stopped = hook(entry, self.model) or self.log.stopped
 
-# %% ../nbs/05_training.ipynb #39ce51c4
+# %% ../nbs/05_training.ipynb #3406967b
 def _seed(cfg, step, rank): return int(np.random.SeedSequence([cfg.seed, step, rank]).generate_state(1)[0])
 
 def make_step(
@@ -362,7 +366,7 @@ def make_step(
     norm = self.optimizer.step(lr, 1/targets)
     self.step += 1
     self.note(StepLog(self.step, self.step/self.per_epoch, loss/targets, lr, norm, int(tokens), targets, padding/len(indices),
-        tokens/(time.perf_counter()-begun), _memory_gib(self.device)))
+        tokens/(time.perf_counter()-begun), peak_memory_gib(self.device)))
     return asked>0
 
 Run.make_step = make_step
