@@ -127,7 +127,7 @@ def lay_flat(
                  tensor(np.cumsum([P, *(sizes-P)])), len(examples), float(weight.sum(dtype=np.float64)),
                  int(sizes.sum()), float(1 - sizes.sum()/(len(sizes)*sizes.max())))
 
-# %% ../nbs/03_collate.ipynb #119637a1
+# %% ../nbs/03_collate.ipynb #ec5dce58
 def collate_examples(
     examples, # `Example`s
     share_prefix:bool=True, # Compute a common beginning once?
@@ -135,7 +135,7 @@ def collate_examples(
     "One flat batch of `examples`, raising `InputError` when nothing in it is to be learned"
     batch = lay_flat(examples, share_prefix)
     if batch.n_targets: return batch
-    raise InputError(f"batch of {examples[0].where}: no target in {len(examples)} rows; check loss_on and the length limit")
+    raise InputError(f"batch of {examples[0].where}: no target in {len(examples)} rows; check loss_on and max_length")
 
 # %% ../nbs/03_collate.ipynb #24ea4022
 def pad_rows(
@@ -166,7 +166,7 @@ def collate_prompts(
     unseen = lambda p: Example(np.array([*p, 0], np.int32), np.zeros(len(p)+1, np.float32))
     return lay_flat([unseen(p) for p in prompts], share_prefix)
 
-# %% ../nbs/03_collate.ipynb #adc244be
+# %% ../nbs/03_collate.ipynb #e84aaa3a
 class Varlen(NamedTuple):
     "Whole rows end to end, as variable-length attention kernels want them"
     ids_N:torch.Tensor # int64, the preamble repeated in each row
@@ -182,10 +182,11 @@ def to_varlen(
     "Repeat the preamble in each row of `batch`"
     starts, P = batch.starts_B1, batch.n_prefix
     lengths = starts.diff() + P
-    at = torch.cat([torch.cat([torch.arange(P), torch.arange(a, b)]) for a,b in zip(starts.tolist(), starts[1:].tolist())])
-    at, ends = at.to(starts.device), torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
-    weight_N = weight_per_row(batch)
-    return Varlen(batch.ids_N[at], batch.pos_N[at], batch.labels_N[at], weight_N[at], ends, int(lengths.max()))
+    ends_B1 = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    col_N = torch.arange(ends_B1[-1], device=starts.device) - ends_B1[:-1].repeat_interleave(lengths)
+    at_N = torch.where(col_N<P, col_N, col_N - P + starts[:-1].repeat_interleave(lengths))
+    return Varlen(batch.ids_N[at_N], batch.pos_N[at_N], batch.labels_N[at_N], weight_per_row(batch)[at_N],
+                  ends_B1.int(), int(lengths.max()))
 
 # %% ../nbs/03_collate.ipynb #49c02190
 def epoch_order(
@@ -332,7 +333,7 @@ class Loaders(NamedTuple):
     test:DataLoader # In the order of the file
     val:DataLoader # In the order of the file
 
-# %% ../nbs/03_collate.ipynb #a44b93d3
+# %% ../nbs/03_collate.ipynb #31c927cb
 def make_loaders(
     split:Split, # The three parts
     tokenizer, # Anything `as_tokenizer` takes
@@ -348,5 +349,7 @@ def make_loaders(
     datasets = [InstructionDataset(part, tokenizer, **options) for part in (split.train, split.test, split.val)]
     collate = partial(custom_collate_fn, pad_token_id=tokenizer.pad_id, allowed_max_length=max_length,
                       device=get_default_device() if device is None else device)
-    train, test, val = (partial(DataLoader, d, batch_size, collate_fn=collate, generator=torch.Generator()) for d in datasets)
-    return Loaders(train(sampler=EpochSampler(len(datasets[0]), seed), drop_last=True), test(), val())
+    def loader(data, **kwargs): # its own generator, so that the global one is left alone
+        return DataLoader(data, batch_size, collate_fn=collate, generator=torch.Generator(), **kwargs)
+    train, test, val = datasets
+    return Loaders(loader(train, sampler=EpochSampler(len(train), seed), drop_last=True), loader(test), loader(val))

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['LOSS_ON', 'KINDS', 'READ', 'LEARNED', 'STOP', 'MUTE', 'SPEAKERS', 'OVER_LONG', 'STYLES', 'CACHE_VERSION', 'Example',
-           'stop_ids', 'missing_tokens', 'goes_on', 'encode_segments', 'segment_kinds', 'check_choice', 'Row',
-           'encode_rows', 'Flat', 'flatten_rows', 'learn_weights', 'encode_record', 'encode_prompt', 'check_loss',
-           'cut_answer', 'cut_prompt', 'fit_row', 'visible', 'token_texts', 'TokenView', 'view_record', 'Receipt',
-           'receipt_text', 'Plan', 'buffer_types', 'RowWriter', 'stream_records', 'encode_all', 'refuse_rows',
-           'cache_name', 'open_rows', 'load_or_encode', 'FlatRows', 'InstructionDataset', 'whole_entry', 'wrong_rows']
+           'stop_ids', 'missing_tokens', 'segment_tokenizers', 'encode_segments', 'segment_kinds', 'check_choice',
+           'Row', 'encode_rows', 'Flat', 'flatten_rows', 'learn_weights', 'encode_record', 'encode_prompt',
+           'check_loss', 'cut_answer', 'cut_prompt', 'fit_row', 'visible', 'token_texts', 'TokenView', 'view_record',
+           'Receipt', 'receipt_text', 'Plan', 'buffer_types', 'RowWriter', 'stream_records', 'encode_all',
+           'refuse_rows', 'cache_name', 'open_rows', 'load_or_encode', 'FlatRows', 'InstructionDataset', 'whole_entry',
+           'learned_text', 'wrong_rows']
 
 # %% ../nbs/02_dataset.ipynb #e0dcd814
 import hashlib, html, os, re, tempfile
@@ -36,7 +37,7 @@ class Example:
 
     def __len__(self): return len(self.ids)
 
-# %% ../nbs/02_dataset.ipynb #40d203ed
+# %% ../nbs/02_dataset.ipynb #3293029b
 def stop_ids(
     text:str, # What a template ends a turn with; '' means the tokenizer's own end token
     tokenizer:Tokenizer, # Turns text into ids
@@ -45,8 +46,8 @@ def stop_ids(
     if not text: return [tokenizer.eos_id]
     ids = tokenizer.encode_control(text)
     if len(ids)!=1 or ids[0] not in tokenizer.control_ids:
-        raise InputError(f"tokenizer {tokenizer.name}: the stop token {text!r} of the template is no control token here, got "
-                         f"{len(ids)} ids; use tokenizer.with_control_tokens(missing_tokens(template, tokenizer))")
+        raise InputError(f"tokenizer {tokenizer.name}: the template's stop {text!r} is no control token here, got {len(ids)} "
+                         "ids; use tokenizer.with_control_tokens(missing_tokens(template, tokenizer))")
     return ids
 
 # %% ../nbs/02_dataset.ipynb #36c52855
@@ -60,35 +61,35 @@ def missing_tokens(
     found = re.findall(r'<\|?\w+\|?>|</s>', printed)
     return [t for t in dict.fromkeys(found) if t not in tokenizer.control_tokens]
 
-# %% ../nbs/02_dataset.ipynb #85479ba2
-def goes_on(
+# %% ../nbs/02_dataset.ipynb #8684f1cc
+def segment_tokenizers(
     segments, # The segments of one `Rendered`
     tokenizer:Tokenizer, # Turns text into ids
-)->list: # For each segment: does it go on after plain text?
-    "Which segments need `tokenizer.inside`; none, where that is the tokenizer itself"
-    if tokenizer.inside is tokenizer: return [False]*len(segments)
+)->list: # For each segment `tokenizer`, or `tokenizer.inside` if it goes on after plain text
+    "Which tokenizer encodes which segment"
+    if tokenizer.inside is tokenizer: return [tokenizer]*len(segments)
     after_text, found = False, []
     for s in segments:
-        found.append(after_text)
+        found.append(tokenizer.inside if after_text else tokenizer)
         ids = tokenizer.encode_control(s.text) if s.control else []
         if s.text or s.stop: after_text = not (s.stop or (ids and ids[-1] in tokenizer.control_ids))
     return found
 
-# %% ../nbs/02_dataset.ipynb #e1eefbe2
+# %% ../nbs/02_dataset.ipynb #a539b3cf
 def encode_segments(
     rendered, # `Rendered`s, whole records or prompts
     tokenizer:Tokenizer, # Turns text into ids
 )->list: # For each of them, the ids of each segment
     "Encode each segment by itself: template text once for all, contents in one batch"
-    segments = [list(zip(r.segments, goes_on(r.segments, tokenizer))) for r in rendered]
-    distinct = dict.fromkeys(('stop' if s.stop else s.control, s.text, on) for row in segments for s,on in row)
-    ids = {}
-    for on, t in ((False, tokenizer), (True, tokenizer.inside)):
-        words = [text for kind,text,o in distinct if kind is False and o==on]
-        ids |= zip(((False, text, on) for text in words), t.encode_batch(words))
-        ids |= {(True, text, on): t.encode_control(text) for kind,text,o in distinct if kind is True and o==on}
-        ids |= {('stop', text, on): stop_ids(text, tokenizer) for kind,text,o in distinct if kind=='stop' and o==on}
-    return [[ids['stop' if s.stop else s.control, s.text, on] for s,on in row] for row in segments]
+    pairs = [list(zip(r.segments, segment_tokenizers(r.segments, tokenizer))) for r in rendered]
+    found, stops = {}, {s.text for row in pairs for s,_ in row if s.stop}
+    for t in {tokenizer, tokenizer.inside}:
+        texts = {(s.text, s.control) for row in pairs for s,used in row if used is t and not s.stop}
+        words = [text for text,control in texts if not control]
+        found |= {(t, text, False): ids for text,ids in zip(words, t.encode_batch(words))}
+        found |= {(t, text, True): t.encode_control(text) for text,control in texts if control}
+    found |= {text: stop_ids(text, tokenizer) for text in stops}
+    return [[found[s.text if s.stop else (t, s.text, s.control)] for s,t in row] for row in pairs]
 
 # %% ../nbs/02_dataset.ipynb #186bbf76
 LOSS_ON = ('response', 'last', 'all', 'message')
@@ -166,16 +167,17 @@ class Flat(NamedTuple):
     roles:np.ndarray # uint8, index into `SPEAKERS` for each id
     sizes:np.ndarray # int64, length of each row
 
-# %% ../nbs/02_dataset.ipynb #961b794c
+# %% ../nbs/02_dataset.ipynb #c258b64c
 def flatten_rows(
     rows, # `Row`s, none of them empty
 )->Flat: # Their ids, kinds and roles
     "Join `rows`, and mute the first id of each"
     n = [len(ids) for r in rows for ids in r.ids]
     spread = lambda values: np.repeat(np.fromiter(values, np.uint8, len(n)), n)
-    flat = Flat(np.fromiter(chain.from_iterable(ids for r in rows for ids in r.ids), np.int32, sum(n)),
-                spread(k for r in rows for k in r.kinds), spread(SPEAKERS.index(s.role) for r in rows for s in r.segments),
-                np.array([len(r) for r in rows], np.int64))
+    ids = np.fromiter(chain.from_iterable(ids for r in rows for ids in r.ids), np.int32, sum(n))
+    kinds = spread(k for r in rows for k in r.kinds)
+    roles = spread(SPEAKERS.index(s.role) for r in rows for s in r.segments)
+    flat = Flat(ids, kinds, roles, np.array([len(r) for r in rows], np.int64))
     flat.kinds[np.cumsum(flat.sizes) - flat.sizes] = MUTE
     return flat
 
@@ -209,14 +211,15 @@ def encode_prompt(
     "The ids a model reads before it answers `record`"
     return list(chain.from_iterable(encode_segments([render_prompt(record, template)], tokenizer)[0]))
 
-# %% ../nbs/02_dataset.ipynb #ace51995
+# %% ../nbs/02_dataset.ipynb #a24922ca
 def check_loss(
     loss_on:str, # One of `LOSS_ON`
     prompt_weight:float, # From 0 to 1
 ):
     "Raise `InputError` for an unknown `loss_on` or a `prompt_weight` outside 0 to 1"
     check_choice('loss_on', loss_on, LOSS_ON)
-    if not 0<=prompt_weight<=1: raise InputError(f"prompt_weight: must be from 0 to 1, got {prompt_weight}; 0 turns it off")
+    if 0<=prompt_weight<=1: return
+    raise InputError(f"prompt_weight: must be from 0 to 1, got {prompt_weight}; 0 turns it off")
 
 # %% ../nbs/02_dataset.ipynb #5ba98b9f
 OVER_LONG = ('raise', 'drop', 'cut_prompt', 'cut_answer')
@@ -286,7 +289,7 @@ def token_texts(
     if held: texts[-1] = tokenizer.decode(done+held)[len(tokenizer.decode(done)):]
     return texts
 
-# %% ../nbs/02_dataset.ipynb #16785b8d
+# %% ../nbs/02_dataset.ipynb #02b0716f
 STYLES = {'read': ('90', 'color:#767676'), 'learned': ('1;34', 'color:#0072b2;font-weight:bold'),
           'stop': ('30;43', 'background:#e69f00;color:black'), 'mute': ('90', 'color:#767676'),
           'cut': ('9;31', 'color:#b3261e;text-decoration:line-through')}
@@ -299,7 +302,8 @@ class TokenView:
 
     def runs(self)->list:
         "Neighbours of one kind joined: (kind, text)"
-        return [(kind, visible(''.join(t for _,t,_ in group))) for kind,group in groupby(self.tokens, key=lambda t: t[2])]
+        groups = groupby(self.tokens, key=lambda token: token[2])
+        return [(kind, visible(''.join(text for _,text,_ in group))) for kind,group in groups]
 
     def counts(self)->str:
         "How many tokens there are of each kind"
@@ -319,7 +323,8 @@ class TokenView:
     def __repr__(self): return f'TokenView({self.counts()})'
 
     def _repr_html_(self):
-        spans = ''.join(f'<span style="{STYLES[kind][1]}" title="{kind}">{html.escape(text)}</span>' for kind,text in self.runs())
+        spans = ''.join(f'<span style="{STYLES[kind][1]}" title="{kind}">{html.escape(text)}</span>'
+                        for kind,text in self.runs())
         return f'<p>{html.escape(self.counts())}</p><pre style="white-space:pre-wrap">{spans}</pre>'
 
 # %% ../nbs/02_dataset.ipynb #2edad776
@@ -342,7 +347,7 @@ def view_record(
     ids = list(chain.from_iterable(row.ids))
     return TokenView(tuple(zip(ids, token_texts(ids, tokenizer), marks)), record.where)
 
-# %% ../nbs/02_dataset.ipynb #57f53024
+# %% ../nbs/02_dataset.ipynb #efcc2ad9
 @dataclass
 class Receipt:
     "What came in and what became of it, in rows and in tokens"
@@ -354,7 +359,7 @@ class Receipt:
     tokens:int = 0 # Their ids
     dropped:dict = field(default_factory=dict) # Reason -> rows, tokens, stops, and where the first of them are
     cut:dict = field(default_factory=lambda: _lost()) # The same for rows that were shortened: what they lost
-    kinds:dict = field(default_factory=lambda: {s: dict.fromkeys(KINDS, 0) for s in SPEAKERS}) # Speaker -> kind -> tokens
+    kinds:dict = field(default_factory=lambda: {s: dict.fromkeys(KINDS, 0) for s in SPEAKERS}) # Of the rows' ids
     lengths:dict = field(default_factory=dict) # Power of two -> rows of at most that length
 
     @property
@@ -395,7 +400,7 @@ class Receipt:
                 ('stop tokens', self.stops_in, by_kind['stop'] + sum(b['stops'] for b in lost)),
                 ('tokens by speaker', self.tokens, sum(by_kind.values())),
                 ('rows by length', self.rows, sum(self.lengths.values()))]:
-            if got!=found: raise ValueError(f"receipt: {what} do not balance, {got} in and {found} accounted for; report this")
+            if got!=found: raise ValueError(f"receipt: {what} do not balance, {got} in, {found} accounted for; report this")
         return self
 
     def save(self, path):
@@ -406,7 +411,7 @@ class Receipt:
 
 def _lost(): return {'rows': 0, 'tokens': 0, 'stops': 0, 'where': []}
 
-# %% ../nbs/02_dataset.ipynb #5273636f
+# %% ../nbs/02_dataset.ipynb #f7087c1b
 def receipt_text(
     r:Receipt, # Any receipt
 )->str: # About 15 lines
@@ -415,12 +420,13 @@ def receipt_text(
     lines = [f"{r.rows_in:,} rows, {r.tokens_in:,} tokens in -> {r.rows:,} rows, {r.tokens:,} tokens to train on"]
     for reason,b in losses:
         more = ', ...' if b['rows']>3 else ''
-        lines.append(f"  {'' if reason=='cut' else 'dropped, '}{reason}: {b['rows']:,} rows, {b['tokens']:,} tokens and {b['stops']:,} "
-                     f"stop tokens lost: {', '.join(b['where'][:3])}{more}")
+        lines.append(f"  {'' if reason=='cut' else 'dropped, '}{reason}: {b['rows']:,} rows, {b['tokens']:,} tokens and "
+                     f"{b['stops']:,} stop tokens lost: {', '.join(b['where'][:3])}{more}")
     lines.append(f"{r.targets:,} of {r.tokens:,} tokens are learned ({r.targets/max(r.tokens, 1):.1%})")
     for s,n in r.kinds.items():
         total = sum(n.values())
-        if total: lines.append(f"  {s:10}{total:>10,} tokens, learned {n['learned']+n['stop']:>9,}, of them stop tokens {n['stop']:,}")
+        learned = n['learned'] + n['stop']
+        if total: lines.append(f"  {s:10}{total:>10,} tokens, {learned:>10,} learned, of them {n['stop']:,} stop tokens")
     most = max(r.lengths.values(), default=1)
     for edge,n in sorted(r.lengths.items(), key=lambda x: int(x[0])):
         lines.append(f"  up to {int(edge):>6,} tokens: {n:>9,} rows {'#'*(-(-30*n//most))}")
@@ -527,7 +533,7 @@ def encode_all(
     refuse_rows(receipt, plan)
     return receipt.check()
 
-# %% ../nbs/02_dataset.ipynb #084ef3a4
+# %% ../nbs/02_dataset.ipynb #c9e7b6cb
 def refuse_rows(
     receipt:Receipt, # What happened
     plan:Plan, # What may happen
@@ -536,13 +542,13 @@ def refuse_rows(
     def names(book): return f"{', '.join(book['where'][:5])}{', ...' if book['rows']>5 else ''}"
     long, empty = receipt.dropped.get('over-long'), receipt.dropped.get('no target')
     if long and plan.over_long=='raise':
-        raise InputError(f"{long['rows']} of {receipt.rows_in} rows are longer than max_length={plan.max_length}: {names(long)}; "
-                         "raise the limit or set over_long to 'drop', 'cut_prompt' or 'cut_answer'")
+        raise InputError(f"{long['rows']} of {receipt.rows_in} rows are longer than max_length={plan.max_length}: "
+                         f"{names(long)}; raise the limit or set over_long to 'drop', 'cut_prompt' or 'cut_answer'")
     if empty and plan.no_target=='raise':
         raise InputError(f"{empty['rows']} of {receipt.rows_in} rows have nothing to learn with loss_on={plan.loss_on!r}: "
                          f"{names(empty)}; mend them or set no_target='drop'")
     if not receipt.rows:
-        raise InputError(f"no row is left of {receipt.rows_in}, dropped: {shorten(list(receipt.dropped))}; choose other limits")
+        raise InputError(f"no row is left of {receipt.rows_in}, dropped: {list(receipt.dropped)}; choose other limits")
 
 # %% ../nbs/02_dataset.ipynb #e5bf49ee
 CACHE_VERSION = 1 # raise it when the same records would give other buffers
@@ -572,7 +578,7 @@ def open_rows(
             raise InputError(f"{folder/name}: damaged, got {size} bytes for {wanted[name]} entries; delete {folder}")
     return {k: np.memmap(folder/k, t, 'r') for k,t in buffer_types(n_vocab).items()}, receipt
 
-# %% ../nbs/02_dataset.ipynb #f7fd361e
+# %% ../nbs/02_dataset.ipynb #705e9f1b
 def load_or_encode(
     data, # `Record`s or dictionaries, any iterable
     plan:Plan, # How they become rows
@@ -583,7 +589,8 @@ def load_or_encode(
         writer = RowWriter(plan.tokenizer.n_vocab)
         receipt = encode_all(stream_records(data), plan, writer)
         return writer.finish(), receipt
-    if not isinstance(data, Path) and iter(data) is data: raise InputError("data: a cache reads the records twice, got a one-time iterator; give a list")
+    if not isinstance(data, Path) and iter(data) is data:
+        raise InputError("data: a cache reads the records twice, got a one-time iterator; give a list")
     folder = Path(cache)/cache_name(stream_records(data), plan)
     if not folder.is_dir():
         Path(cache).mkdir(parents=True, exist_ok=True)
@@ -640,7 +647,7 @@ class FlatRows:
         vars(self).update(state)
         self.arrays = {k: np.memmap(*a, 'r') if isinstance(a, tuple) else a for k,a in self.arrays.items()}
 
-# %% ../nbs/02_dataset.ipynb #879aadb9
+# %% ../nbs/02_dataset.ipynb #3c4a4f0d
 class InstructionDataset:
     "Records as ids: plain lists without a `template`, `Example`s with one"
     def __init__(
@@ -659,7 +666,8 @@ class InstructionDataset:
         self.data = load_records(data) if whole else data
         self.tokenizer, self.receipt = as_tokenizer(tokenizer), None
         if template is None:
-            if max_length or cache: raise InputError("template: a length limit or a cache needs one, got None; try 'alpaca'")
+            if max_length or cache:
+                raise InputError("template: a length limit or a cache needs one, got None; try template='alpaca'")
             self.encoded_texts = self.tokenizer.encode_batch([whole_entry(e) for e in self.data])
         else:
             check_loss(loss_on, prompt_weight)
@@ -685,22 +693,30 @@ def whole_entry(
     output = entry['output'] if isinstance(entry, dict) else entry.output
     return format_input(entry) + f"\n\n### Response:\n{output}"
 
-# %% ../nbs/02_dataset.ipynb #ff05d93c
+# %% ../nbs/02_dataset.ipynb #9e1701c8
+def learned_text(
+    ids, # Ids of one row
+    learned, # For each of them, does it have to be learned?
+    decode, # Ids to text
+)->tuple: # The text, and the text with the spaces that show only after other text
+    "What the learned stretches of a row say"
+    edges = np.flatnonzero(np.diff(learned, prepend=False, append=False)).reshape(-1, 2)
+    return ''.join(decode(ids[a:b]) for a,b in edges), ''.join(decode(ids[:b])[len(decode(ids[:a])):] for a,b in edges)
+
+# %% ../nbs/02_dataset.ipynb #0b162517
 def wrong_rows(
     dataset:InstructionDataset, # Made with a template
 )->list: # (where, wanted, learned) for each row that learns something else than its answers
     "Rows whose learned ids do not decode to the answers of their records with their stop tokens; cut rows are skipped"
     plan, rows, found = dataset.plan, dataset.encoded_texts, []
-    text, numbers = plan.tokenizer.decode, {int(n): i for i,n in enumerate(rows.arrays['rows'])}
+    numbers, decode = {int(n): i for i,n in enumerate(rows.arrays['rows'])}, plan.tokenizer.decode
     for number, record in enumerate(stream_records(dataset.data)):
         row = encode_rows([record], plan.template, plan.tokenizer, plan.loss_on)[0]
         if number not in numbers or (plan.max_length and len(row)>plan.max_length): continue
-        i = numbers[number]
-        wanted = ''.join(s.text or text([plan.tokenizer.eos_id]) for s,k in zip(row.segments, row.kinds) if k in (LEARNED, STOP))
-        ids, learned = rows[i].ids, np.isin(rows.kinds(i), (LEARNED, STOP))
+        end = decode([plan.tokenizer.eos_id])
+        wanted = ''.join(s.text or end for s,k in zip(row.segments, row.kinds) if k in (LEARNED, STOP))
+        learned = np.isin(rows.kinds(numbers[number]), (LEARNED, STOP))
         learned[0] = row.kinds[0] in (LEARNED, STOP) # muted only because nothing predicts it
-        edges = np.flatnonzero(np.diff(learned, prepend=False, append=False)).reshape(-1, 2)
-        said = ''.join(text(ids[a:b]) for a,b in edges)
-        inside = ''.join(text(ids[:b])[len(text(ids[:a])):] for a,b in edges) # a space in front shows only after other text
-        if wanted not in (said, inside): found.append((rows.where(i), wanted, said))
+        said = learned_text(rows[numbers[number]].ids, learned, decode)
+        if wanted not in said: found.append((record.where, wanted, said[0]))
     return found

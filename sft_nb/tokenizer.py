@@ -6,7 +6,7 @@
 __all__ = ['GPT2_FILES', 'GPT2_SHA256', 'END_OF_TEXT', 'END_TOKENS', 'read_gpt2_file', 'byte_alphabet', 'gpt2_settings',
            'use_offline_gpt2', 'Tokenizer', 'whole_text', 'on_all_cores', 'TiktokenTokenizer', 'fingerprint_of',
            'get_gpt2_tokenizer', 'content_encoder', 'unknown_id', 'JsonTokenizer', 'find_end', 'bpe_tokenizer',
-           'gpt2_as_json', 'without_first_space', 'tokenizer_from_file', 'token_text', 'as_tokenizer']
+           'gpt2_as_json', 'without_first_space', 'tokenizer_from_file', 'named_tokens', 'as_tokenizer']
 
 # %% ../nbs/01a_tokenizer.ipynb #56e0d54a
 import hashlib, json, os
@@ -118,13 +118,15 @@ def on_all_cores(
         parts = pool.map(lambda i: [work(x) for x in items[i:i+size]], range(0, len(items), size))
         return list(chain.from_iterable(parts))
 
-# %% ../nbs/01a_tokenizer.ipynb #27018218
+# %% ../nbs/01a_tokenizer.ipynb #3729096c
 class TiktokenTokenizer(Tokenizer):
     "A `tiktoken.Encoding` behind the common face"
     def __init__(
         self,
         enc:tiktoken.Encoding, # What does the work
     ):
+        if END_OF_TEXT not in enc._special_tokens:
+            raise InputError(f"encoding {enc.name}: has no end token {END_OF_TEXT}, got {shorten(enc._special_tokens)}; add it")
         self.enc = enc
         super().__init__(enc.name, enc.n_vocab, dict(enc._special_tokens), enc._special_tokens[END_OF_TEXT])
 
@@ -195,7 +197,7 @@ def unknown_id(
     "The id that stands for an unknown character: a control token that content may give without being a forgery"
     return model['vocab'].get(model.get('unk_token')) if isinstance(model['vocab'], dict) else model.get('unk_id')
 
-# %% ../nbs/01a_tokenizer.ipynb #fa8c9804
+# %% ../nbs/01a_tokenizer.ipynb #b1c202ed
 class JsonTokenizer(Tokenizer):
     "A `tokenizers.Tokenizer` (a `tokenizer.json`) behind the common face"
     def __init__(
@@ -205,25 +207,31 @@ class JsonTokenizer(Tokenizer):
         eos:str|None=None, # Text of the end token; None: the first of `END_TOKENS` that `tok` has
         pad:str|None=None, # Text of the padding token; None: the end token
         content_tokens:tuple=(), # Added tokens that content may use, such as '<think>'
+        config:dict|None=None, # Other tokens with a name, such as {'bos_token': '<s>'}, kept for `save`
     ):
         settings = json.loads(tok.to_str()) | {'truncation': None, 'padding': None}
         self.tok = tokenizers.Tokenizer.from_str(json.dumps(settings))
-        added = {a.content: i for i,a in tok.get_added_tokens_decoder().items()}
-        control = {t: i for t,i in sorted(added.items(), key=lambda x: x[1]) if t.strip() and t not in content_tokens}
-        self.content, self.content_tokens = content_encoder(settings, control), content_tokens
         self.eos, self.pad = find_end(tok, name, eos), pad
+        self.content_tokens, self.config = content_tokens, config or {}
+        added = {a['content']: a['id'] for a in settings['added_tokens']} | {self.eos: tok.token_to_id(self.eos)}
+        control = {t: i for t,i in added.items() if t.strip() and t not in content_tokens}
+        self.content = content_encoder(settings, control)
         super().__init__(name, tok.get_vocab_size(with_added_tokens=True), control, tok.token_to_id(self.eos),
                          None if pad is None else tok.token_to_id(pad))
         self.forbidden = self.control_ids - ({unknown_id(settings['model'])} - {self.eos_id})
 
+    def remade(self, tok)->'JsonTokenizer':
+        "The same choices around another `tok`"
+        return JsonTokenizer(tok, self.name, self.eos, self.pad, self.content_tokens, self.config)
+
     def encode_batch(self, texts)->list:
-        try: found = self.content.encode_batch_fast(texts, add_special_tokens=False)
-        except TypeError: found = self.content.encode_batch_fast([whole_text(t) for t in texts], add_special_tokens=False)
-        return [e.ids if self.forbidden.isdisjoint(e.ids) else self._encode_apart(t) for t,e in zip(texts, found)]
+        texts = [whole_text(t) for t in texts]
+        found = [e.ids for e in self.content.encode_batch_fast(texts, add_special_tokens=False)]
+        return [ids if self.forbidden.isdisjoint(ids) else self._encode_apart(t) for t,ids in zip(texts, found)]
 
     def _encode_apart(self, text):
         "Halve `text` until no piece gives a control token: some models reach one by ordinary merges"
-        if len(text)==1: raise InputError(f"tokenizer {self.name}: {text!r} is a control token; remove it from the text")
+        if len(text)==1: raise InputError(f"tokenizer {self.name}: the text holds the control token {text!r}; remove it")
         half = len(text)//2
         return self.encode(text[:half]) + self.inside.encode(text[half:])
 
@@ -232,7 +240,7 @@ class JsonTokenizer(Tokenizer):
         "The tokenizer for a text that goes on after other text: it puts no space in front"
         if self.tok.encode('a', add_special_tokens=False).tokens[:1]==['a']: return self
         plain = without_first_space(json.loads(self.tok.to_str()))
-        return JsonTokenizer(tokenizers.Tokenizer.from_str(json.dumps(plain)), self.name, self.eos, self.pad, self.content_tokens)
+        return self.remade(tokenizers.Tokenizer.from_str(json.dumps(plain)))
 
     def encode_control(self, text:str)->list: return self.tok.encode(text, add_special_tokens=False).ids
 
@@ -248,7 +256,7 @@ class JsonTokenizer(Tokenizer):
         "The same tokenizer with each of `tokens` as a control token; new ones get the next ids"
         copy = tokenizers.Tokenizer.from_str(self.tok.to_str())
         copy.add_special_tokens([tokenizers.AddedToken(t, special=True, normalized=False) for t in tokens])
-        return JsonTokenizer(copy, self.name, self.eos, self.pad, self.content_tokens)
+        return self.remade(copy)
 
     @cached_property
     def fingerprint(self)->str:
@@ -259,11 +267,11 @@ class JsonTokenizer(Tokenizer):
         "Write `tokenizer.json` and its configuration into `folder`, for any other library to load"
         write_atomic(Path(folder)/'tokenizer.json', self.tok.to_str(pretty=True))
         save_json(Path(folder)/'tokenizer_config.json',
-                  dict(tokenizer_class='PreTrainedTokenizerFast', eos_token=self.eos, pad_token=self.pad or self.eos,
-                       clean_up_tokenization_spaces=False))
+                  {'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False,
+                   **self.config, 'eos_token': self.eos, 'pad_token': self.pad or self.eos})
 
     def __reduce__(self): # a copy in another process must be built anew: the switch is not part of the saved state
-        return JsonTokenizer, (self.tok, self.name, self.eos, self.pad, self.content_tokens)
+        return JsonTokenizer, (self.tok, self.name, self.eos, self.pad, self.content_tokens, self.config)
 
 # %% ../nbs/01a_tokenizer.ipynb #b3cb246d
 END_TOKENS = [END_OF_TEXT, '</s>', '<|end_of_text|>', '<eos>', '<|im_end|>', '<|eot_id|>', '<|end|>']
@@ -315,7 +323,7 @@ def without_first_space(
     if kept.get('type')=='ByteLevel': kept |= {'add_prefix_space': False}
     return kept | {k: settings[k] for k in ('model', 'added_tokens') if k in settings}
 
-# %% ../nbs/01a_tokenizer.ipynb #8ae5aff8
+# %% ../nbs/01a_tokenizer.ipynb #c340654e
 def tokenizer_from_file(
     path, # A `tokenizer.json`, or a model folder that holds one (or GPT-2's `vocab.json` and `merges.txt`)
     content_tokens:tuple=(), # Added tokens that content may use, such as '<think>'
@@ -330,17 +338,19 @@ def tokenizer_from_file(
     try: tok = tokenizers.Tokenizer.from_file(str(source)) if source.is_file() else bpe_tokenizer(*pair)
     except Exception as e: raise InputError(f"{source}: not a tokenizer file, {e}; fetch it again") from None
     config = load_json(folder/'tokenizer_config.json') if (folder/'tokenizer_config.json').is_file() else {}
-    eos, pad = (token_text(config.get(k)) for k in ('eos_token', 'pad_token'))
-    return JsonTokenizer(tok, folder.resolve().name, eos, pad, content_tokens)
+    named = named_tokens(config)
+    name, eos, pad = folder.resolve().name, named.get('eos_token'), named.get('pad_token')
+    return JsonTokenizer(tok, name, eos, pad, content_tokens, named)
 
-# %% ../nbs/01a_tokenizer.ipynb #745bb8fd
-def token_text(
-    entry, # A text, a dictionary with 'content', or None
-)->str|None: # The token's text
-    "A token as the configurations of model folders write it"
-    return entry.get('content') if isinstance(entry, dict) else entry
+# %% ../nbs/01a_tokenizer.ipynb #40602684
+def named_tokens(
+    config:dict, # `tokenizer_config.json` of a model folder
+)->dict: # Such as {'eos_token': '</s>'}
+    "The tokens that have a name in `config`, where they are written as texts or as dictionaries"
+    texts = {k: v.get('content') if isinstance(v, dict) else v for k,v in config.items() if k.endswith('_token')}
+    return {k: v for k,v in texts.items() if isinstance(v, str)}
 
-# %% ../nbs/01a_tokenizer.ipynb #331bb6b0
+# %% ../nbs/01a_tokenizer.ipynb #10a2c478
 def as_tokenizer(
     obj, # A `Tokenizer`, `tiktoken.Encoding`, `tokenizers.Tokenizer`, a `transformers` tokenizer, a path, or 'gpt2'
     eos:str|None=None, # Text of the end token, where `obj` does not say it
@@ -353,7 +363,7 @@ def as_tokenizer(
     if isinstance(obj, tokenizers.Tokenizer): return JsonTokenizer(obj, name or 'tokenizer', eos, pad)
     if hasattr(obj, 'backend_tokenizer'):
         return JsonTokenizer(obj.backend_tokenizer, name or Path(obj.name_or_path or 'tokenizer').name,
-                             eos or obj.eos_token, pad or obj.pad_token)
+                             eos or obj.eos_token, pad or obj.pad_token, config=named_tokens(obj.special_tokens_map))
     if obj=='gpt2': return get_gpt2_tokenizer()
     if isinstance(obj, (str, Path)): return tokenizer_from_file(obj)
     raise InputError(f"tokenizer: cannot use {shorten(obj)}; give a tiktoken or tokenizers object, or a model folder")

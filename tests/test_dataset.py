@@ -116,6 +116,7 @@ def test_content_never_becomes_control(tok, text):
     forbidden = tok.control_ids - ({tok.token_id('<unk>')} if tok.name in ('bpe', 'unigram') else set())
     assert forbidden.isdisjoint(ids) and forbidden.isdisjoint(tok.inside.encode(text))
     if tok.name in ('gpt2', 'byte-level'): assert tok.decode(ids)==text
+    if tok.name=='byte-level' and ' '*8 not in text: assert ids==TIK.encode(text) # not torn where control tokens would be
 
 
 @quick
@@ -159,6 +160,20 @@ def test_save_and_load_give_the_same_ids_here_and_in_transformers(tmp_path):
     assert ours.encode_control(text)==CHAT.encode_control(text)==theirs.encode(text, add_special_tokens=False)
     assert (theirs.eos_token_id, theirs.pad_token_id)==(ours.eos_id, ours.pad_id)
     assert as_tokenizer(theirs).encode_control(text)==ours.encode_control(text)
+
+
+def test_named_tokens_survive(tmp_path):
+    "A template may print bos_token: whoever loads the tuned model needs it"
+    from transformers import AutoTokenizer
+    (tmp_path/'a').mkdir(), (tmp_path/'b').mkdir(), (tmp_path/'c').mkdir()
+    byte_level().save(tmp_path/'a')
+    config = json.loads((tmp_path/'a'/'tokenizer_config.json').read_text()) | {'bos_token': {'content': '<|im_start|>'}}
+    (tmp_path/'a'/'tokenizer_config.json').write_text(json.dumps(config))
+    tokenizer_from_file(tmp_path/'a').with_control_tokens(['<|new|>']).save(tmp_path/'b')
+    theirs = AutoTokenizer.from_pretrained(tmp_path/'b')
+    assert (theirs.bos_token, theirs.eos_token)==('<|im_start|>', '<|im_end|>')
+    as_tokenizer(theirs).save(tmp_path/'c')
+    assert tokenizer_from_file(tmp_path/'c').config['bos_token']=='<|im_start|>'
 
 
 @pytest.mark.parametrize('content, error', [(b'{', InputError), (b'\xff\xfe', InputError), (b'{"model": 3}', InputError), (None, FileNotFoundError)])
@@ -398,6 +413,18 @@ def test_cache_is_whole_or_absent(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir()))==1
     InstructionDataset(RECORDS*2, TIK, 'scratchpad', cache=tmp_path)
     assert len(list(tmp_path.iterdir()))==2
+
+
+def test_any_change_of_the_contents_is_another_entry(tmp_path):
+    turns = [dict(role='user', content='A'), dict(role='assistant', content='B')]
+    sets = [turns, [turns[0], turns[1] | {'content': 'B '}], [turns[0] | {'content': 'C'}, turns[1]], [turns[0], turns[1] | {'weight': 1}],
+            [dict(role='system', content=''), *turns]]
+    for i,s in enumerate(sets):
+        assert len(InstructionDataset(as_records([{'messages': s}]), CHAT, 'chatml', cache=tmp_path))==1
+        assert len(list(tmp_path.iterdir()))==i+1
+    for entry in ({'instruction': 'A', 'input': 'B', 'output': 'C'}, {'instruction': 'A\n\nB', 'input': '', 'output': 'C'}):
+        InstructionDataset([entry], CHAT, 'alpaca', cache=tmp_path) # the same messages, another prompt
+    assert len(list(tmp_path.iterdir()))==len(sets)+2
 
 
 def test_two_builders_at_once(tmp_path, monkeypatch):
