@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['ROLES', 'FORMATS', 'InputError', 'shorten', 'near_misses', 'Message', 'Record', 'text_field', 'read_alpaca',
            'read_message', 'read_turns', 'read_phi3', 'read_prompt', 'find_format', 'read_record', 'as_records',
-           'open_bytes', 'decode_text', 'read_text', 'CutOffError', 'parse_json', 'load_rows', 'iter_records',
-           'load_records', 'summarize_records', 'write_atomic', 'save_json', 'load_json', 'save_records',
-           'default_data_file', 'Split', 'split_sizes', 'prompt_key', 'Groups', 'split_records']
+           'summarize_records', 'Split', 'split_sizes', 'prompt_key', 'Groups', 'split_records', 'open_bytes',
+           'decode_text', 'read_text', 'CutOffError', 'parse_json', 'load_rows', 'iter_records', 'load_records',
+           'write_atomic', 'save_json', 'load_json', 'save_records', 'default_data_file']
 
 # %% ../nbs/00_data.ipynb #7ba8cd3f
 import csv, gzip, hashlib, io, json, math, os, re, reprlib, sys, tempfile, zlib
@@ -249,6 +249,109 @@ def as_records(
             fmt = raw.fmt
         records.append(raw)
     return records
+
+# %% ../nbs/00_data.ipynb #39d687fd
+def summarize_records(
+    records, # `Record`s
+    dropped:list|None=None, # Messages about records that were left out
+)->str: # A line, and one more for each dropped record, the first three
+    "What a set is: its format, its size, and what was left out of it"
+    chars = sorted(len(m.content) for r in records for m in r.messages if m.role=='assistant') or [0]
+    formats = ' and '.join(Counter(r.fmt for r in records))
+    lines = [f"records in {formats} format: {len(records):,}, with {sum(len(r.messages) for r in records):,} turns; "
+             f"answers have {chars[0]} to {chars[-1]:,} characters, median {chars[len(chars)//2]}"]
+    if dropped: lines.append(f"records dropped: {len(dropped)}, among them")
+    return '\n'.join(lines + [f"  {d}" for d in (dropped or [])[:3]])
+
+# %% ../nbs/00_data.ipynb #045fa1d0
+class Split(NamedTuple):
+    "A set in three parts"
+    train:list # Records that the model learns from
+    test:list # Records that it answers at the end
+    val:list # Records whose loss is watched while training
+
+    def __str__(self): return f"train: {len(self.train)}, test: {len(self.test)}, val: {len(self.val)}"
+
+# %% ../nbs/00_data.ipynb #2d3a47d8
+def split_sizes(
+    n:int, # Records
+    train:float, # Share for training
+    test:float, # Share for the test
+)->tuple: # Sizes of train, test and validation, which add up to `n`
+    "The sizes of three parts, raising `InputError` if one would be empty"
+    if not (0<train<1 and 0<test<1 and train+test<1):
+        raise InputError(f"split: shares must be above 0 and leave some for validation, got train={train}, test={test}")
+    n_train, n_test = int(n*train), int(n*test)
+    sizes = n_train, n_test, n-n_train-n_test
+    if min(sizes)>0: return sizes
+    raise InputError(f"split: a part would be empty, got {n} records as train {sizes[0]}, test {sizes[1]}, "
+                     f"val {sizes[2]}; add records or change the shares")
+
+# %% ../nbs/00_data.ipynb #dd3a6f3c
+def prompt_key(
+    record, # A `Record`
+)->str: # Equal for prompts that differ in letter case and white space only
+    "What is asked in a record, in plain form"
+    asked = [m for m in record.messages if m.role!='assistant']
+    return '\0'.join(f'{m.role}:{" ".join(m.content.casefold().split())}' for m in asked)
+
+# %% ../nbs/00_data.ipynb #25adf89d
+class Groups:
+    "Rows in groups that grow by joining"
+    def __init__(self,
+        n:int, # Rows, each a group of its own at first
+    ): self.parent = list(range(n))
+
+    def root(self, i):
+        "The first row of the group that `i` is in"
+        while self.parent[i]!=i: self.parent[i] = i = self.parent[self.parent[i]]
+        return i
+
+    def join(self, i, j):
+        "Make the groups of `i` and `j` one; False if they were"
+        i, j = sorted((self.root(i), self.root(j)))
+        self.parent[j] = i
+        return i!=j
+
+    def lists(self):
+        "The groups as ascending lists, each row in exactly one"
+        groups = {}
+        for i in range(len(self.parent)): groups.setdefault(self.root(i), []).append(i)
+        return list(groups.values())
+
+# %% ../nbs/00_data.ipynb #514da2b1
+def _deal_groups(records, groups, sizes, seed):
+    "Rows of each part: groups in hashed order, each to the first part that has room for it"
+    turn = lambda group: hashlib.sha256(f'{seed}:{min(prompt_key(records[i]) for i in group)}'.encode()).digest()
+    parts = [[] for _ in sizes]
+    for group in sorted(groups, key=turn):
+        room = [size-len(part) for size,part in zip(sizes, parts)]
+        fits = [k for k,r in enumerate(room) if r>=len(group)]
+        parts[fits[0] if fits else room.index(max(room))] += group
+    return [sorted(part) for part in parts]
+
+# %% ../nbs/00_data.ipynb #55a34e45
+def split_records(
+    records, # `Record`s or dictionaries
+    train:float=0.85, # Share of the set for training, in (0, 1)
+    test:float=0.1, # Share for the test; what is left is for validation
+    seed:int|None=None, # None: file order. A number: by chance, the same for the same number
+    together=(), # With a seed: pairs of indices that must not be parted, such as `find_near_duplicates` gives
+)->Split: # The three parts, each in file order
+    "Split a set in file order, or by chance with equal prompts kept together"
+    records = as_records(records)
+    sizes = split_sizes(len(records), train, test)
+    if seed is None:
+        if together: raise InputError("split: together= needs a seed, since file order moves nothing; pass seed=1")
+        return Split(records[:sizes[0]], records[sizes[0]:sizes[0]+sizes[1]], records[sizes[0]+sizes[1]:])
+    groups, first = Groups(len(records)), {}
+    for i,r in enumerate(records): groups.join(first.setdefault(prompt_key(r), i), i)
+    for i,j,*_ in together: groups.join(i, j)
+    parts = _deal_groups(records, groups.lists(), sizes, seed)
+    if not all(parts):
+        raise InputError(f"split: a part is empty, got sizes {[len(p) for p in parts]}, since too many prompts are "
+                         "alike to be parted; add records or join fewer")
+    return Split(*([records[i] for i in part] for part in parts))
 
 # %% ../nbs/00_data.ipynb #c21a73cd
 @contextmanager
@@ -502,19 +605,6 @@ def load_records(
     why = f"all {len(dropped)} were dropped, the first as {dropped[0]}" if dropped else "write a list of records"
     raise InputError(f"{path}: holds no records; {why}")
 
-# %% ../nbs/00_data.ipynb #485a8982
-def summarize_records(
-    records, # `Record`s
-    dropped:list|None=None, # Messages about records that were left out
-)->str: # A line, and one more for each dropped record, the first three
-    "What a set is: its format, its size, and what was left out of it"
-    chars = sorted(len(m.content) for r in records for m in r.messages if m.role=='assistant') or [0]
-    formats = ' and '.join(Counter(r.fmt for r in records))
-    lines = [f"{len(records):,} records in {formats} format, {sum(len(r.messages) for r in records):,} turns; "
-             f"answers have {chars[0]} to {chars[-1]:,} characters, median {chars[len(chars)//2]}"]
-    if dropped: lines.append(f"{len(dropped)} records dropped, among them:")
-    return '\n'.join(lines + [f"  {d}" for d in (dropped or [])[:3]])
-
 # %% ../nbs/00_data.ipynb #faf0e46c
 def write_atomic(
     path, # The file to write
@@ -584,93 +674,3 @@ def default_data_file()->Path: # data/sft/train/instruction-data.json, here or b
         file = folder/'data'/'sft'/'train'/'instruction-data.json'
         if file.exists(): return file
     raise FileNotFoundError(f"{file}: the set that comes with the repository is not there; pass a file of your own")
-
-# %% ../nbs/00_data.ipynb #045fa1d0
-class Split(NamedTuple):
-    "A set in three parts"
-    train:list # Records that the model learns from
-    test:list # Records that it answers at the end
-    val:list # Records whose loss is watched while training
-
-    def __str__(self): return f"train: {len(self.train)}, test: {len(self.test)}, val: {len(self.val)}"
-
-# %% ../nbs/00_data.ipynb #2d3a47d8
-def split_sizes(
-    n:int, # Records
-    train:float, # Share for training
-    test:float, # Share for the test
-)->tuple: # Sizes of train, test and validation, which add up to `n`
-    "The sizes of three parts, raising `InputError` if one would be empty"
-    if not (0<train<1 and 0<test<1 and train+test<1):
-        raise InputError(f"split: shares must be above 0 and leave some for validation, got train={train}, test={test}")
-    n_train, n_test = int(n*train), int(n*test)
-    sizes = n_train, n_test, n-n_train-n_test
-    if min(sizes)>0: return sizes
-    raise InputError(f"split: a part would be empty, got {n} records as train {sizes[0]}, test {sizes[1]}, "
-                     f"val {sizes[2]}; add records or change the shares")
-
-# %% ../nbs/00_data.ipynb #dd3a6f3c
-def prompt_key(
-    record, # A `Record`
-)->str: # Equal for prompts that differ in letter case and white space only
-    "What is asked in a record, in plain form"
-    asked = [m for m in record.messages if m.role!='assistant']
-    return '\0'.join(f'{m.role}:{" ".join(m.content.casefold().split())}' for m in asked)
-
-# %% ../nbs/00_data.ipynb #25adf89d
-class Groups:
-    "Rows in groups that grow by joining"
-    def __init__(self,
-        n:int, # Rows, each a group of its own at first
-    ): self.parent = list(range(n))
-
-    def root(self, i):
-        "The first row of the group that `i` is in"
-        while self.parent[i]!=i: self.parent[i] = i = self.parent[self.parent[i]]
-        return i
-
-    def join(self, i, j):
-        "Make the groups of `i` and `j` one; False if they were"
-        i, j = sorted((self.root(i), self.root(j)))
-        self.parent[j] = i
-        return i!=j
-
-    def lists(self):
-        "The groups as ascending lists, each row in exactly one"
-        groups = {}
-        for i in range(len(self.parent)): groups.setdefault(self.root(i), []).append(i)
-        return list(groups.values())
-
-# %% ../nbs/00_data.ipynb #514da2b1
-def _deal_groups(records, groups, sizes, seed):
-    "Rows of each part: groups in hashed order, each to the first part that has room for it"
-    turn = lambda group: hashlib.sha256(f'{seed}:{min(prompt_key(records[i]) for i in group)}'.encode()).digest()
-    parts = [[] for _ in sizes]
-    for group in sorted(groups, key=turn):
-        room = [size-len(part) for size,part in zip(sizes, parts)]
-        fits = [k for k,r in enumerate(room) if r>=len(group)]
-        parts[fits[0] if fits else room.index(max(room))] += group
-    return [sorted(part) for part in parts]
-
-# %% ../nbs/00_data.ipynb #55a34e45
-def split_records(
-    records, # `Record`s or dictionaries
-    train:float=0.85, # Share of the set for training, in (0, 1)
-    test:float=0.1, # Share for the test; what is left is for validation
-    seed:int|None=None, # None: file order. A number: by chance, the same for the same number
-    together=(), # With a seed: pairs of indices that must not be parted, such as `find_near_duplicates` gives
-)->Split: # The three parts, each in file order
-    "Split a set in file order, or by chance with equal prompts kept together"
-    records = as_records(records)
-    sizes = split_sizes(len(records), train, test)
-    if seed is None:
-        if together: raise InputError("split: together= needs a seed, since file order moves nothing; pass seed=1")
-        return Split(records[:sizes[0]], records[sizes[0]:sizes[0]+sizes[1]], records[sizes[0]+sizes[1]:])
-    groups, first = Groups(len(records)), {}
-    for i,r in enumerate(records): groups.join(first.setdefault(prompt_key(r), i), i)
-    for i,j,*_ in together: groups.join(i, j)
-    parts = _deal_groups(records, groups.lists(), sizes, seed)
-    if not all(parts):
-        raise InputError(f"split: a part is empty, got sizes {[len(p) for p in parts]}, since too many prompts are "
-                         "alike to be parted; add records or join fewer")
-    return Split(*([records[i] for i in part] for part in parts))
