@@ -66,7 +66,7 @@ def custom_collate_fn(
     return (rectangle([i for i,_ in pairs], pad_token_id).to(device),
             rectangle([t for _,t in pairs], ignore_token_index).to(device))
 
-# %% ../nbs/03_collate.ipynb #b736b4a2
+# %% ../nbs/03_collate.ipynb #0fae68dc
 @dataclass(frozen=True, eq=False)
 class Batch:
     "Rows as one flat list: the shared preamble once, then what each row has of its own"
@@ -92,8 +92,8 @@ class Batch:
                      ((self.ids_N, pad_id), (self.labels_N, -100), (weight_per_row(self), 0.)))
 
     def __str__(self):
-        return (f"{self.n_rows} rows, {self.n_tokens} tokens, {len(self.ids_N)} computed (preamble of {self.n_prefix}), "
-                f"{self.n_targets:g} targets; a rectangle would be {self.padding:.0%} padding")
+        return (f"{self.n_rows} rows, {self.n_tokens} tokens, {len(self.ids_N)} computed (preamble of "
+                f"{self.n_prefix}), {self.n_targets:g} targets; a rectangle would be {self.padding:.0%} padding")
 
 # %% ../nbs/03_collate.ipynb #b09d14f3
 MIN_PREFIX = 8 # a shorter preamble saves less than the bookkeeping costs

@@ -11,7 +11,7 @@ __all__ = ['LOSS_ON', 'KINDS', 'READ', 'LEARNED', 'STOP', 'MUTE', 'SPEAKERS', 'O
            'refuse_rows', 'cache_name', 'open_rows', 'load_or_encode', 'FlatRows', 'InstructionDataset', 'whole_entry',
            'learned_text', 'wrong_rows']
 
-# %% ../nbs/02_dataset.ipynb #e0dcd814
+# %% ../nbs/02_dataset.ipynb #6c5ee5b9
 import hashlib, html, os, re, tempfile
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
@@ -22,8 +22,8 @@ from typing import Iterator, NamedTuple
 
 import numpy as np
 
-from .data import (InputError, Record, as_records, iter_records, load_json, load_records, near_misses, read_record,
-                         save_json, shorten)
+from .data import (InputError, Record, as_records, iter_records, load_json, load_records, near_misses,
+                         read_record, save_json, shorten)
 from .templates import format_input, get_template, render_prompt, render_record
 from .tokenizer import Tokenizer, as_tokenizer, get_gpt2_tokenizer, tokenizer_from_file
 
@@ -37,7 +37,7 @@ class Example:
 
     def __len__(self): return len(self.ids)
 
-# %% ../nbs/02_dataset.ipynb #3293029b
+# %% ../nbs/02_dataset.ipynb #12b75986
 def stop_ids(
     text:str, # What a template ends a turn with; '' means the tokenizer's own end token
     tokenizer:Tokenizer, # Turns text into ids
@@ -46,8 +46,8 @@ def stop_ids(
     if not text: return [tokenizer.eos_id]
     ids = tokenizer.encode_control(text)
     if len(ids)!=1 or ids[0] not in tokenizer.control_ids:
-        raise InputError(f"tokenizer {tokenizer.name}: the template's stop {text!r} is no control token here, got {len(ids)} "
-                         "ids; use tokenizer.with_control_tokens(missing_tokens(template, tokenizer))")
+        raise InputError(f"tokenizer {tokenizer.name}: the template's stop {text!r} is no control token here, got "
+                         f"{len(ids)} ids; use tokenizer.with_control_tokens(missing_tokens(template, tokenizer))")
     return ids
 
 # %% ../nbs/02_dataset.ipynb #36c52855
@@ -347,7 +347,7 @@ def view_record(
     ids = list(chain.from_iterable(row.ids))
     return TokenView(tuple(zip(ids, token_texts(ids, tokenizer), marks)), record.where)
 
-# %% ../nbs/02_dataset.ipynb #efcc2ad9
+# %% ../nbs/02_dataset.ipynb #282ce6de
 @dataclass
 class Receipt:
     "What came in and what became of it, in rows and in tokens"
@@ -400,7 +400,7 @@ class Receipt:
                 ('stop tokens', self.stops_in, by_kind['stop'] + sum(b['stops'] for b in lost)),
                 ('tokens by speaker', self.tokens, sum(by_kind.values())),
                 ('rows by length', self.rows, sum(self.lengths.values()))]:
-            if got!=found: raise ValueError(f"receipt: {what} do not balance, {got} in, {found} accounted for; report this")
+            if got!=found: raise ValueError(f"receipt: {what} do not balance, {got} in, {found} accounted for; report it")
         return self
 
     def save(self, path):
@@ -411,7 +411,7 @@ class Receipt:
 
 def _lost(): return {'rows': 0, 'tokens': 0, 'stops': 0, 'where': []}
 
-# %% ../nbs/02_dataset.ipynb #f7087c1b
+# %% ../nbs/02_dataset.ipynb #8727ef9b
 def receipt_text(
     r:Receipt, # Any receipt
 )->str: # About 15 lines
@@ -420,13 +420,13 @@ def receipt_text(
     lines = [f"{r.rows_in:,} rows, {r.tokens_in:,} tokens in -> {r.rows:,} rows, {r.tokens:,} tokens to train on"]
     for reason,b in losses:
         more = ', ...' if b['rows']>3 else ''
-        lines.append(f"  {'' if reason=='cut' else 'dropped, '}{reason}: {b['rows']:,} rows, {b['tokens']:,} tokens and "
-                     f"{b['stops']:,} stop tokens lost: {', '.join(b['where'][:3])}{more}")
+        lines.append(f"  {'' if reason=='cut' else 'dropped, '}{reason}: {b['rows']:,} rows, {b['tokens']:,} tokens "
+                     f"and {b['stops']:,} stop tokens lost: {', '.join(b['where'][:3])}{more}")
     lines.append(f"{r.targets:,} of {r.tokens:,} tokens are learned ({r.targets/max(r.tokens, 1):.1%})")
     for s,n in r.kinds.items():
         total = sum(n.values())
         learned = n['learned'] + n['stop']
-        if total: lines.append(f"  {s:10}{total:>10,} tokens, {learned:>10,} learned, of them {n['stop']:,} stop tokens")
+        if total: lines.append(f"  {s:10}{total:>10,} tokens, {learned:>10,} learned, {n['stop']:,} of them stop tokens")
     most = max(r.lengths.values(), default=1)
     for edge,n in sorted(r.lengths.items(), key=lambda x: int(x[0])):
         lines.append(f"  up to {int(edge):>6,} tokens: {n:>9,} rows {'#'*(-(-30*n//most))}")
@@ -533,7 +533,7 @@ def encode_all(
     refuse_rows(receipt, plan)
     return receipt.check()
 
-# %% ../nbs/02_dataset.ipynb #c9e7b6cb
+# %% ../nbs/02_dataset.ipynb #654933c4
 def refuse_rows(
     receipt:Receipt, # What happened
     plan:Plan, # What may happen
@@ -545,8 +545,8 @@ def refuse_rows(
         raise InputError(f"{long['rows']} of {receipt.rows_in} rows are longer than max_length={plan.max_length}: "
                          f"{names(long)}; raise the limit or set over_long to 'drop', 'cut_prompt' or 'cut_answer'")
     if empty and plan.no_target=='raise':
-        raise InputError(f"{empty['rows']} of {receipt.rows_in} rows have nothing to learn with loss_on={plan.loss_on!r}: "
-                         f"{names(empty)}; mend them or set no_target='drop'")
+        raise InputError(f"{empty['rows']} of {receipt.rows_in} rows have nothing to learn with "
+                         f"loss_on={plan.loss_on!r}: {names(empty)}; mend them or set no_target='drop'")
     if not receipt.rows:
         raise InputError(f"no row is left of {receipt.rows_in}, dropped: {list(receipt.dropped)}; choose other limits")
 
@@ -647,7 +647,7 @@ class FlatRows:
         vars(self).update(state)
         self.arrays = {k: np.memmap(*a, 'r') if isinstance(a, tuple) else a for k,a in self.arrays.items()}
 
-# %% ../nbs/02_dataset.ipynb #3c4a4f0d
+# %% ../nbs/02_dataset.ipynb #83415484
 class InstructionDataset:
     "Records as ids: plain lists without a `template`, `Example`s with one"
     def __init__(
@@ -662,7 +662,7 @@ class InstructionDataset:
         cache=None, # Folder that keeps the ids for the next start; None: nothing is kept
         no_target:str='raise', # 'raise' or 'drop': what to do with a row in which nothing is learned
     ):
-        whole = isinstance(data, (str, Path)) and (template is None or str(data)=='-') # standard input is read only once
+        whole = isinstance(data, (str, Path)) and (template is None or str(data)=='-') # standard input is read once
         self.data = load_records(data) if whole else data
         self.tokenizer, self.receipt = as_tokenizer(tokenizer), None
         if template is None:

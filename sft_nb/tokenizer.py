@@ -118,7 +118,7 @@ def on_all_cores(
         parts = pool.map(lambda i: [work(x) for x in items[i:i+size]], range(0, len(items), size))
         return list(chain.from_iterable(parts))
 
-# %% ../nbs/01a_tokenizer.ipynb #3729096c
+# %% ../nbs/01a_tokenizer.ipynb #d22347e1
 class TiktokenTokenizer(Tokenizer):
     "A `tiktoken.Encoding` behind the common face"
     def __init__(
@@ -126,7 +126,7 @@ class TiktokenTokenizer(Tokenizer):
         enc:tiktoken.Encoding, # What does the work
     ):
         if END_OF_TEXT not in enc._special_tokens:
-            raise InputError(f"encoding {enc.name}: has no end token {END_OF_TEXT}, got {shorten(enc._special_tokens)}; add it")
+            raise InputError(f"encoding {enc.name}: has no {END_OF_TEXT}, got {shorten(enc._special_tokens)}; add it")
         self.enc = enc
         super().__init__(enc.name, enc.n_vocab, dict(enc._special_tokens), enc._special_tokens[END_OF_TEXT])
 
@@ -197,7 +197,7 @@ def unknown_id(
     "The id that stands for an unknown character: a control token that content may give without being a forgery"
     return model['vocab'].get(model.get('unk_token')) if isinstance(model['vocab'], dict) else model.get('unk_id')
 
-# %% ../nbs/01a_tokenizer.ipynb #b1c202ed
+# %% ../nbs/01a_tokenizer.ipynb #47f339d6
 class JsonTokenizer(Tokenizer):
     "A `tokenizers.Tokenizer` (a `tokenizer.json`) behind the common face"
     def __init__(
@@ -231,7 +231,7 @@ class JsonTokenizer(Tokenizer):
 
     def _encode_apart(self, text):
         "Halve `text` until no piece gives a control token: some models reach one by ordinary merges"
-        if len(text)==1: raise InputError(f"tokenizer {self.name}: the text holds the control token {text!r}; remove it")
+        if len(text)==1: raise InputError(f"tokenizer {self.name}: a text holds the control token {text!r}; remove it")
         half = len(text)//2
         return self.encode(text[:half]) + self.inside.encode(text[half:])
 

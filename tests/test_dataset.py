@@ -499,3 +499,16 @@ def test_a_hundred_thousand_rows(tmp_path):
     found = run_scale(100_000, tmp_path)
     print(found)
     assert found['rss']<500 and found['again']<found['secs']/3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('template', ['alpaca', 'chatml'])
+def test_fifty_two_thousand_rows(template):
+    "Balanced, and every row learns its answer and stop, id for id"
+    rng, tok = np.random.default_rng(5), ready(template)
+    picks = rng.integers(0, len(RECORDS), (52_000, 3))
+    data = [{'instruction': f'{RECORDS[a].instruction} ({i})', 'input': RECORDS[b].input, 'output': f'{RECORDS[c].output} {i}'}
+            for i,(a,b,c) in enumerate(picks)]
+    dataset = InstructionDataset(data, tok, template, max_length=1024)
+    assert dataset.receipt.rows==52_000 and dataset.receipt.kinds['assistant']['stop']==52_000
+    assert wrong_rows(dataset)==[]
