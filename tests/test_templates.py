@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
@@ -218,6 +219,16 @@ FOREIGN = {
 {{- 'assistant: ' if add_generation_prompt }}""",
     'stop-at-the-very-end': """{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}
 {{- 'assistant: ' if add_generation_prompt else eos_token }}""",
+    'indented': """{% for m in messages %}
+    {% if m.role == 'assistant' %}
+        {{- 'A: ' ~ m.content ~ eos_token }}
+    {% else %}
+        {{- m.role|title ~ ': ' ~ m.content ~ '\n' }}
+    {% endif %}
+{% endfor %}
+{% if add_generation_prompt %}
+    {{- 'A: ' -}}
+{% endif %}""",
     'thinks': THINKS,
 }
 
@@ -234,6 +245,19 @@ def test_foreign_template_equals_transformers(name, messages):
     said = ''.join(s.text for s in whole.segments if s.turn == len(messages)-1 and not s.control)
     last = messages[-1]['content']
     assert said in (last, last.strip(), last.lstrip('\n'), json.dumps(last, ensure_ascii=False)[1:-1])
+
+
+def test_only_the_last_answer_ends_with_the_tokenizers_own_token():
+    turns = [{'role': r, 'content': r} for r in ('user', 'assistant')*3]
+    whole = render_record(record_of(turns), ChatTemplate('no-stop', FOREIGN['no-stop']))
+    assert [(s.text, s.turn) for s in whole.segments if s.stop] == [('', 5)]
+    assert [s.text for s in whole.segments if s.learn] == ['assistant', 'assistant', 'assistant', '']
+
+
+@pytest.mark.parametrize('name', ['chatml', 'llama3', 'alpaca'])
+def test_an_answer_of_weight_zero_is_not_learned(name):
+    turns = [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello', 'weight': 0}]
+    assert not any(s.learn for s in render_record(record_of(turns), name).segments)
 
 
 def test_thoughts_are_learned_and_a_forged_one_is_refused():
@@ -389,6 +413,12 @@ def test_an_edited_template_is_noticed(tmp_path):
 def test_fingerprints_tell_templates_apart():
     prints = {get_template(n).fingerprint for n in template_names()}
     assert len(prints) == len(template_names()) and all(len(p) == 64 for p in prints)
+    one, other = (ChatTemplate('x', '{{ bos_token }}', (('bos_token', b), ('pad_token', b))) for b in ('<s>', '<b>'))
+    assert one.fingerprint != other.fingerprint != replace(other, jinja='{{ eos_token }}').fingerprint
+    assert replace(one, jinja='').fingerprint == replace(other, jinja='').fingerprint, 'tokens that are never printed'
+    assert replace(one, date='2020-02-02').fingerprint == one.fingerprint
+    clock = ChatTemplate('x', "{{ strftime_now('%Y') }}")
+    assert replace(clock, date='2020-02-02').fingerprint != clock.fingerprint
     code = "from sft_nb.templates import *; print(*(get_template(n).fingerprint for n in template_names()))"
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT,
                          env=os.environ | {'PYTHONHASHSEED': '5'}).stdout
