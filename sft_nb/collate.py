@@ -95,20 +95,20 @@ class Batch:
         return (f"{self.n_rows} rows, {self.n_tokens} tokens, {len(self.ids_N)} computed (preamble of "
                 f"{self.n_prefix}), {self.n_targets:g} targets; a rectangle would be {self.padding:.0%} padding")
 
-# %% ../nbs/03_collate.ipynb #b09d14f3
+# %% ../nbs/03_collate.ipynb #67c3a6b7
 MIN_PREFIX = 8 # a shorter preamble saves less than the bookkeeping costs
 
 def shared_length(
-    rows, # Arrays of input ids
+    examples, # `Example`s
 )->int: # How many positions can be computed once for all
-    "Length of the common beginning of `rows`, less one"
-    first, n = rows[0], min(map(len, rows))
-    for row in rows[1:]:
-        differ = np.flatnonzero(row[:n]!=first[:n])
+    "Length of the common beginning of the rows' inputs, less one"
+    first, n = examples[0], min(map(len, examples))-1
+    for e in examples[1:]:
+        differ = np.flatnonzero((e.ids[:n]!=first.ids[:n]) | (e.learn[:n]!=first.learn[:n]))
         if len(differ): n = int(differ[0])
-    return n-1 if len(rows)>1 and n>=MIN_PREFIX else 0
+    return n-1 if len(examples)>1 and n>=MIN_PREFIX else 0
 
-# %% ../nbs/03_collate.ipynb #b6fd0049
+# %% ../nbs/03_collate.ipynb #4a2e9bae
 def lay_flat(
     examples, # `Example`s
     share_prefix:bool, # Compute a common beginning once?
@@ -117,11 +117,11 @@ def lay_flat(
     for e in examples:
         if len(e)<2: raise InputError(f"{e.where}: a row needs at least 2 ids, got {len(e)}; drop it")
     sizes = np.array([len(e)-1 for e in examples])
-    first, P = examples[0], shared_length([e.ids[:-1] for e in examples]) if share_prefix else 0
+    first, P = examples[0], shared_length(examples) if share_prefix else 0
     ids = np.concatenate([first.ids[:P], *(e.ids[P:-1] for e in examples)])
     pos = np.concatenate([np.arange(P), *(np.arange(P, n) for n in sizes)])
     after = np.concatenate([first.ids[1:P+1], *(e.ids[P+1:] for e in examples)])
-    weight = np.concatenate([sum(e.learn[1:P+1] for e in examples), *(e.learn[P+1:] for e in examples)])
+    weight = np.concatenate([len(examples)*first.learn[1:P+1], *(e.learn[P+1:] for e in examples)])
     tensor = lambda x: torch.from_numpy(x.astype(np.int64))
     return Batch(tensor(ids), tensor(pos), tensor(np.where(weight>0, after, -100)), torch.from_numpy(weight), P,
                  tensor(np.cumsum([P, *(sizes-P)])), len(examples), float(weight.sum(dtype=np.float64)),

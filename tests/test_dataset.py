@@ -1,4 +1,4 @@
-"01a_tokenizer and 02_dataset: what the cells cannot hold: arbitrary text, other libraries as judges, processes, scale."
+"01a_tokenizer, 01b_rows and 02_dataset: what the cells cannot hold: arbitrary text, other libraries as judges, processes, scale."
 import json, multiprocessing, os, resource, subprocess, sys, textwrap, time
 from pathlib import Path
 
@@ -10,8 +10,9 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 import sft_nb.dataset as ds
 from sft_nb.data import InputError, Message, Record, as_records, default_data_file, load_records
-from sft_nb.dataset import (InstructionDataset, Plan, LEARNED, STOP, cut_answer, cut_prompt, encode_all, encode_prompt, encode_record,
-                            encode_rows, fit_row, missing_tokens, wrong_rows)
+import sft_nb.rows as rows
+from sft_nb.dataset import InstructionDataset, Plan, encode_all, encode_prompt, encode_record, wrong_rows
+from sft_nb.rows import LEARNED, STOP, encode_rows, fit_row, missing_tokens
 from sft_nb.templates import get_template, render_record, template_names
 from sft_nb.tokenizer import (GPT2_FILES, JsonTokenizer, as_tokenizer, bpe_tokenizer, get_gpt2_tokenizer, gpt2_as_json,
                               tokenizer_from_file)
@@ -398,13 +399,13 @@ def test_second_start_in_another_process(tmp_path):
 
 
 def test_cache_is_whole_or_absent(tmp_path, monkeypatch):
-    calls, real = [0], ds.encode_segments
+    calls, real = [0], rows.encode_segments
     def dies(*a):
         calls[0] += 1
         if calls[0]==2: raise KeyboardInterrupt
         return real(*a)
     with monkeypatch.context() as m:
-        m.setattr(ds, 'encode_segments', dies)
+        m.setattr(rows, 'encode_segments', dies)
         with pytest.raises(KeyboardInterrupt): InstructionDataset(RECORDS*2, TIK, 'alpaca', cache=tmp_path)
     assert not list(tmp_path.iterdir())
     whole = InstructionDataset(RECORDS*2, TIK, 'alpaca', cache=tmp_path)
