@@ -108,12 +108,13 @@ def shared_length(
         if len(differ): n = int(differ[0])
     return n-1 if len(examples)>1 and n>=MIN_PREFIX else 0
 
-# %% ../nbs/03_collate.ipynb #4a2e9bae
+# %% ../nbs/03_collate.ipynb #4a2f3c57
 def lay_flat(
     examples, # `Example`s
     share_prefix:bool, # Compute a common beginning once?
 )->Batch: # Flat
     "Join the rows: inputs are all ids but the last, labels are all but the first"
+    if not len(examples): raise InputError("batch: holds no rows, got an empty list; give at least one")
     for e in examples:
         if len(e)<2: raise InputError(f"{e.where}: a row needs at least 2 ids, got {len(e)}; drop it")
     sizes = np.array([len(e)-1 for e in examples])

@@ -95,7 +95,7 @@ def check_balance(
             ('rows by length', r.rows, sum(r.lengths.values()))]:
         if got!=found: raise ValueError(f"receipt: {what} do not balance, {got} in, {found} accounted for; report it")
 
-# %% ../nbs/02_dataset.ipynb #8727ef9b
+# %% ../nbs/02_dataset.ipynb #37daf862
 def receipt_text(
     r:Receipt, # Any receipt
 )->str: # About 15 lines
@@ -110,7 +110,7 @@ def receipt_text(
     for s,n in r.kinds.items():
         total = sum(n.values())
         learned = n['learned'] + n['stop']
-        if total: lines.append(f"  {s:10}{total:>10,} tokens, {learned:>10,} learned, {n['stop']:,} of them stop tokens")
+        if total: lines.append(f"  {s:10}{total:>11,} tokens, {learned/total:>4.0%} learned, {n['stop']:,} stop tokens")
     most = max(r.lengths.values(), default=1)
     for edge,n in sorted(r.lengths.items(), key=lambda x: int(x[0])):
         lines.append(f"  up to {int(edge):>6,} tokens: {n:>9,} rows {'#'*(-(-30*n//most))}")

@@ -44,15 +44,17 @@ def stop_ids(
                          f"{len(ids)} ids; use tokenizer.with_control_tokens(missing_tokens(template, tokenizer))")
     return ids
 
-# %% ../nbs/01b_rows.ipynb #36c52855
+# %% ../nbs/01b_rows.ipynb #c7261498
 def missing_tokens(
     template, # A template or its name
     tokenizer:Tokenizer, # Turns text into ids
-)->list: # Texts such as '<|im_start|>', in the order the template prints them
-    "The control tokens that `template` prints and `tokenizer` does not have"
+)->list: # Texts such as '<|im_start|>', in the order the template prints them; none if its stop token is known
+    "The control tokens that `tokenizer` needs for `template`"
+    template = get_template(template)
+    if template.stop is None or template.stop in tokenizer.control_tokens: return []
     probe = as_records([{'instruction': 'a', 'input': '', 'output': 'b'}])[0]
-    printed = ''.join(s.text for s in render_record(probe, get_template(template)).segments if s.control)
-    found = re.findall(r'<\|?\w+\|?>|</s>', printed)
+    printed = ''.join(s.text for s in render_record(probe, template).segments if s.control)
+    found = [*re.findall(r'<\|?\w+\|?>|</s>', printed), template.stop]
     return [t for t in dict.fromkeys(found) if t not in tokenizer.control_tokens]
 
 # %% ../nbs/01b_rows.ipynb #8684f1cc
