@@ -16,13 +16,14 @@ import numpy as np
 
 from .data import Groups, InputError, Record, as_records, prompt_key, shorten
 
-# %% ../nbs/00a_lint.ipynb #cdb9994b
+# %% ../nbs/00a_lint.ipynb #6ddbc1fd
 _markers = re.compile(r'<\|[^|<>\s]{1,40}\|>|\[/?INST\]|<</?SYS>>|</?s>|<(start|end)_of_turn>|'
                       r'###\s*(Instruction|Input|Response)\b|Below is an instruction that describes')
-_nothing = re.compile(r'\W*(no\s*(input|output|answer|response)|n\W?a|none|null|nan|nil|todo|tbd)?\W*', re.I)
+_nothing = re.compile(r'[-\s.–—_<>()\[\]]*(no\W?(input|output|answer|response)|n/?a|none|null|nan|nil|todo|tbd)?'
+                      r'[-\s.–—_<>()\[\]]*', re.I)
 _hidden = re.compile('[\0-\b\v\f\x0e-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060\ufeff]')
 
-# %% ../nbs/00a_lint.ipynb #85410aba
+# %% ../nbs/00a_lint.ipynb #82e64c09
 def lint_text(
     text:str, # One field or turn
     max_chars:int=20_000, # Longer texts are reported
@@ -32,7 +33,7 @@ def lint_text(
     if found := _hidden.search(text): yield 'control character', ascii(found[0])
     if len(text)>max_chars: yield 'over-long', f'{len(text):,} characters'
     if not text.isascii() and (found := _bad_encoding(text)): yield 'mojibake', found
-    if text!=text.strip(): yield 'outer space', repr(text[:8]+'...'+text[-8:])
+    if text!=text.strip(): yield 'outer space', text[:8]+'...'+text[-8:]
 
 # %% ../nbs/00a_lint.ipynb #dc1824c6
 def _bad_encoding(text):
@@ -51,7 +52,11 @@ class Finding(NamedTuple):
 
     def __str__(self): return f'{self.where}: {self.kind}, got {self.got}'
 
-# %% ../nbs/00a_lint.ipynb #184c16bb
+# %% ../nbs/00a_lint.ipynb #75531bcb
+_EMPTY = {'system': 'empty system message', 'user': 'empty question', 'assistant': 'empty answer'}
+_UNREAD = 'system', 'system_prompt', 'history', 'context', 'tools', 'functions', 'chosen', 'rejected'
+
+# %% ../nbs/00a_lint.ipynb #7fef90ca
 def lint_record(
     record, # A `Record`
     max_chars:int=20_000, # Longer texts are reported
@@ -60,13 +65,14 @@ def lint_record(
     for m in record.messages:
         where = f'{record.where} {m.role}'
         yield from (Finding(where, kind, shorten(got)) for kind,got in lint_text(m.content, max_chars))
-        if _nothing.fullmatch(m.content): yield Finding(where, f'empty {m.role}', shorten(m.content))
+        if _nothing.fullmatch(m.content): yield Finding(where, _EMPTY[m.role], shorten(m.content))
     if record.input and _nothing.fullmatch(record.input):
         yield Finding(record.where, 'placeholder input', shorten(record.input))
     if len(record.messages)>1 and record.messages[-1].role!='assistant':
         yield Finding(record.where, 'no last answer', f"ends with {record.messages[-1].role}")
     spoken = [m.role for m in record.messages if m.role!='system']
     if any(a==b for a,b in zip(spoken, spoken[1:])): yield Finding(record.where, 'same role twice', shorten(spoken))
+    if lost := [k for k in _UNREAD if record.raw.get(k)]: yield Finding(record.where, 'unread field', shorten(lost))
     answer = record.messages[-1].content.strip()
     if len(answer)>40 and any(answer==m.content.strip() for m in record.messages[:-1]):
         yield Finding(record.where, 'answer repeats the prompt', shorten(answer))
@@ -224,14 +230,17 @@ class Leak(NamedTuple):
 
     def __str__(self): return f'{self.parts}: {self.a.where} and {self.b.where}, {self.similarity:.2f} alike'
 
-# %% ../nbs/00a_lint.ipynb #f57a6ca6
+# %% ../nbs/00a_lint.ipynb #8bf7e01e
 def find_leaks(
     split, # A `Split`, or any named tuple of lists
-    threshold:float=0.8, # Least similarity to report, in (0, 1]
+    threshold:float=0.8, # Least similarity to report, in [0.3, 1]
     what=None, # Function from `Record` to the text that is compared; None: what the user says
 )->list: # `Leak`s
     "Prompts that stand in one part and, at least `threshold` alike, in another"
     rows = [(name, r) for name,part in zip(split._fields, split) for r in as_records(part)]
-    pairs = find_near_duplicates([r for _,r in rows], threshold, what)
-    return [Leak(f'{rows[p.i][0]} and {rows[p.j][0]}', rows[p.i][1], rows[p.j][1], p.similarity) for p in pairs
-            if rows[p.i][0]!=rows[p.j][0]]
+    pairs, twin, leaks = find_near_duplicates([r for _,r in rows], threshold, what), {}, []
+    for p in pairs: twin.setdefault(p.j, p)
+    for i,j,near in pairs:
+        while rows[i][0]==rows[j][0] and near==1 and i in twin: i,near = twin[i].i,twin[i].similarity
+        if rows[i][0]!=rows[j][0]: leaks.append(Leak(f'{rows[i][0]} and {rows[j][0]}', rows[i][1], rows[j][1], near))
+    return leaks

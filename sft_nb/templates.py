@@ -7,9 +7,9 @@ __all__ = ['TEMPLATES', 'format_input', 'Segment', 'Rendered', 'tidy_segments', 
            'unused_text', 'ChatTemplate', 'get_template', 'template_names', 'render_prompt', 'render_record',
            'as_jinja', 'save_template', 'load_template']
 
-# %% ../nbs/01_templates.ipynb #6d674d8d
+# %% ../nbs/01_templates.ipynb #55769cb5
 import datetime, hashlib, json, re
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 from pathlib import Path
 

@@ -222,6 +222,16 @@ def test_a_set_larger_than_one_portion(tmp_path):
         load_records(tmp_path/'a.json')
 
 
+@pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='counts memory as Linux does')
+def test_memory_stays_small(tmp_path):
+    row = json.dumps(GOOD | {'output': 'wörd '*300}, ensure_ascii=False)
+    (tmp_path/'a.json').write_text('[' + ',\n'.join([row]*30_000) + ']', encoding='utf-8')
+    code = f"from sft_nb.data import *; n = sum(1 for _ in iter_records({str(tmp_path/'a.json')!r})); " \
+           "print(n, open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
+    n, kilobytes = map(int, python(code).stdout.split())
+    assert n == 30_000 and kilobytes < 60_000, 'the file has 48 MB'
+
+
 # -- other sources
 
 def test_standard_input_plain_and_gzipped():
@@ -341,7 +351,8 @@ def test_adding_records_hardly_moves_the_old_ones():
 # -- lint
 
 @pytest.mark.parametrize('kind, row', {
-    'empty assistant': {'output': 'N/A'}, 'empty user': {'instruction': ' ', 'input': ''},
+    'empty answer': {'output': 'N/A'}, 'empty question': {'instruction': ' ', 'input': ''},
+    'unread field': {'history': [['a', 'b']]},
     'placeholder input': {'input': '<noinput>'}, 'template marker': {'output': 'x### Response: y'},
     'control character': {'output': 'a\u200bb'}, 'mojibake': {'output': 'The cafÃ© is closed.'},
     'over-long': {'input': 'x'*20_001}, 'outer space': {'output': ' cold'},
@@ -354,10 +365,10 @@ def test_each_lint_rule_finds_something(kind, row):
 
 @pytest.mark.parametrize('text', [
     'none of them came', 'Annan', 'N', '42', '-5', '私は学生です', 'naïve café “quoted” – dash', 'a < b > c', 'Use `<s` here',
-    '👩‍👩‍👧 family', 'می‌خواهم', 'line\n\ttab', 'Null Island', '!', '?'])
+    '👩‍👩‍👧 family', 'می‌خواهم', 'line\n\ttab', 'Null Island', '!', '?', '👍', '(B)', '*', '100%'])
 def test_lint_has_no_word_on_good_text(text):
     found = [f.kind for f in lint.lint_records([GOOD | {'output': text}])]
-    assert found == (['empty assistant'] if text in '!?' else [])
+    assert found == []
 
 
 def test_conversation_rules():
@@ -429,6 +440,14 @@ def test_a_crowd_of_equal_looking_prompts_is_no_trap():
     assert time.perf_counter() - start < 20
     assert len(found) < 2*len(later), 'no more pairs than it takes to join them'
     assert len(later) > 1400 and len({p.j for p in found} ^ later) <= 15, (len(later), len(found))
+
+
+def test_a_leak_behind_an_equal_prompt_is_found():
+    rows = lambda *prompts: as_records([{'instruction': p, 'output': ''} for p in prompts])
+    train, twice = 'Write a poem about the sea and the wind.', 'Write a poem about the sea and the winds.'
+    leaks = lint.find_leaks(data.Split(rows('Count.', train), rows(twice, 'Stop.', twice), rows(twice.upper())))
+    assert [(l.parts, l.a.instruction, l.b.instruction) for l in leaks] == [
+        ('train and test', train, twice), ('train and test', train, twice), ('test and val', twice, twice.upper())]
 
 
 def test_leaks_name_both_records():
