@@ -513,3 +513,22 @@ def test_fifty_two_thousand_rows(template):
     dataset = InstructionDataset(data, tok, template, max_length=1024)
     assert dataset.receipt.rows==52_000 and dataset.receipt.kinds['assistant']['stop']==52_000
     assert wrong_rows(dataset)==[]
+
+
+@pytest.mark.slow
+def test_the_default_model_reads_what_transformers_reads():
+    "SmolLM2's own tokenizer and template: ids of the joint text by transformers, masks by its generation marks"
+    from sft_nb.model import load_model
+    from transformers import PreTrainedTokenizerFast
+    cache = Path(os.environ.get('SFT_NB_CACHE') or Path.home()/'.cache'/'sft_nb')
+    if not list(cache.glob('*.gguf')): pytest.skip('the default model is not in the cache')
+    loaded = load_model()
+    tok, template = loaded.tokenizer, loaded.template
+    judge = PreTrainedTokenizerFast(tokenizer_object=tok.tok, eos_token='<|im_end|>', bos_token='<|im_start|>')
+    judge.chat_template = template.jinja
+    records = RECORDS + chat_records(200, seed=9)
+    data = InstructionDataset(records, tok, template)
+    for r,e in zip(records, data):
+        turns = [dict(role=m.role, content=m.content) for m in r.messages]
+        assert judge.apply_chat_template(turns, tokenize=True, return_dict=False)==e.ids.tolist()
+    assert wrong_rows(data)==[] and data.receipt.kinds['assistant']['stop']==sum(m.role=='assistant' for r in records for m in r.messages)
