@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .collate import shared_length
+from .collate import collate_prompts
 from .data import InputError
 from .dataset import encode_prompt
 from .decoder import KVCache
@@ -179,7 +179,7 @@ def plan_rows(
 )->Plan: # What `generate` will do
     "Choose the number of rows, raising `InputError` if not even one fits"
     c,weight = model.cfg,model.embed.weight
-    P = int(shared_length([np.asarray(p) for p in prompts]))
+    P = collate_prompts(prompts).n_prefix
     n_slots = max(P, max(min(len(p) + max_new, c.max_length) - P for p in prompts))
     slot = 2*c.n_layers*c.n_kv_heads*c.head_dim*weight.element_size()
     budget = free_bytes(weight.device)/4 if memory_gib is None else memory_gib*2**30
