@@ -188,7 +188,16 @@ class NearPair(NamedTuple):
     j:int # Index of the later one
     similarity:float # Of the prompts, 1.0 if they differ in letter case and white space only
 
-# %% ../nbs/00a_lint.ipynb #a2e41258
+# %% ../nbs/00a_lint.ipynb #74fec038
+def _portions(texts, size=5_000_000):
+    start, chars = 0, 0
+    for i,t in enumerate(texts, 1):
+        chars += len(t)
+        if chars>=size or i==len(texts):
+            yield texts[start:i]
+            start, chars = i, 0
+
+# %% ../nbs/00a_lint.ipynb #d1d8e675
 def find_near_duplicates(
     records, # `Record`s or dictionaries
     threshold:float=0.8, # Least similarity to report, in [0.3, 1]
@@ -202,8 +211,7 @@ def find_near_duplicates(
     found = [NearPair(first[t], j, 1.0) for j,t in enumerate(texts) if first.setdefault(t, j)!=j]
     distinct, rows = list(first), list(first.values())
     if len(distinct)<2 or threshold==1: return found
-    signatures = np.concatenate([minhash(distinct[i:i+50_000], ROWS_PER_BAND*n_bands(threshold))
-                                 for i in range(0, len(distinct), 50_000)])
+    signatures = np.concatenate([minhash(part, ROWS_PER_BAND*n_bands(threshold)) for part in _portions(distinct)])
     pairs = _promising(_candidates(signatures), signatures, threshold).tolist()
     return sorted(found + [NearPair(rows[i], rows[j], s) for i,j,s in _verified(distinct, pairs, threshold)])
 
