@@ -8,14 +8,14 @@ __all__ = ['OPTIONS', 'COMMANDS', 'Stopped', 'new_folder', 'choose_template', 'O
            'print_scores', 'respond_command', 'judge_responses', 'judge_command', 'compare_command', 'inspect_command',
            'chat_command', 'read_line', 'build_parser', 'main']
 
-# %% ../nbs/07_cli.ipynb #fdf7675c
+# %% ../nbs/07_cli.ipynb #d27b6dd1
 import argparse, os, sys, time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
 from . import __version__
-from .data import InputError, default_data_file, load_records, save_json, split_records
+from .data import InputError, Message, Record, default_data_file, load_records, save_json, split_records
 from .templates import get_template, template_names
 
 # %% ../nbs/07_cli.ipynb #1a2a2e10
@@ -36,22 +36,22 @@ def new_folder(
                               "choose another --out or --name, add --resume to go on with it, or remove it")
     return path
 
-# %% ../nbs/07_cli.ipynb #45491390
+# %% ../nbs/07_cli.ipynb #8e7849c8
 def choose_template(
-    loaded, # A loaded model with its `source`, its `template` (or None) and `meta` (empty if it was not tuned here)
+    loaded, # A loaded model with its `source` and its `template` (or None)
     name:str|None=None, # Template that the user asked for
     insist:bool=False, # Use `name` even if the model was tuned with another one?
 ): # A template of `01_templates`
     "The user's template, else the model's own, else Alpaca; raising `InputError` if a tuned model would be misread"
     own = loaded.template
     if name is None: return own or get_template('alpaca')
-    asked = get_template(name)
-    if getattr(loaded, 'meta', None) and own and asked.fingerprint!=own.fingerprint and not insist:
+    asked, tuned_here = get_template(name), (Path(loaded.source)/'sft_nb.json').is_file()
+    if tuned_here and own and asked.fingerprint!=own.fingerprint and not insist:
         raise InputError(f"{loaded.source}: was tuned with template {own.name!r}, got --template {name!r}; "
                          "leave --template out, or add --force-template")
     return asked
 
-# %% ../nbs/07_cli.ipynb #05d0cc7a
+# %% ../nbs/07_cli.ipynb #d7763c1c
 OPTIONS = dict(
     data=[
         ('--data', dict(metavar='FILE', help="records: JSON, JSONL, .gz, or - for standard input [the project's own 1,100]")),
@@ -78,6 +78,8 @@ OPTIONS = dict(
         ('--weight-decay', dict(type=float, metavar='X', help='of matrices only')),
         ('--clip', dict(type=float, metavar='X', help='largest gradient norm')),
         ('--seed', dict(type=int, metavar='N', help='order of the rows')),
+        ('--lora', dict(type=int, default=0, metavar='RANK', help='train adapters of this rank and merge them [0: all weights]')),
+        ('--no-preflight', dict(action='store_true', help='skip the checks before training')),
     ],
     answer=[
         ('--max-new', dict(type=int, default=128, metavar='N', help='longest answer in tokens [128]')),
@@ -103,7 +105,7 @@ def add_options(
     for group in groups:
         for flag, how in OPTIONS[group]: parser.add_argument(flag, **how)
 
-# %% ../nbs/07_cli.ipynb #4120b6b7
+# %% ../nbs/07_cli.ipynb #9be564d4
 @dataclass
 class Job:
     "What a run works with"
@@ -125,27 +127,29 @@ def prepare(
         f"train {len(split.train)}, test {len(split.test)}, validation {len(split.val)}")
     from sft_nb.model import load_model
     loaded = load_model(args.model)
-    template = choose_template(loaded, args.template)
-    fit_vocabulary(loaded, template, say)
+    template = choose_template(loaded, args.template, getattr(args, 'force_template', False))
+    loaded = fit_vocabulary(loaded, template, say)
     say(f"model     {loaded.source}: {sum(p.numel() for p in loaded.model.parameters())/1e6:.1f}M parameters, template {template.name}")
     return Job(str(source), split, loaded, template)
 
-# %% ../nbs/07_cli.ipynb #a78fd0c3
+# %% ../nbs/07_cli.ipynb #96b20660
 def fit_vocabulary(
-    loaded, # Model and tokenizer; extended in place
+    loaded, # Model and tokenizer; the model is extended in place
     template, # Template whose control tokens are needed
     say=print, # Where progress goes
-):
+): # `loaded` with a tokenizer that knows every control token of `template`
     "Add the control tokens that `template` prints and the tokenizer of `loaded` does not have"
     from sft_nb.dataset import missing_tokens
-    missing = missing_tokens(template, loaded.tokenizer)
-    if not missing: return
     from sft_nb.model import resize_vocab
-    loaded.tokenizer = loaded.tokenizer.with_control_tokens(missing)
-    resize_vocab(loaded.model, loaded.tokenizer.n_vocab)
+    if loaded.tokenizer is None: raise InputError(f"{loaded.source}: has no tokenizer.json; save the tokenizer into the folder")
+    missing = missing_tokens(template, loaded.tokenizer)
+    if not missing: return loaded
+    tokenizer = loaded.tokenizer.with_control_tokens(missing)
+    resize_vocab(loaded.model, tokenizer.n_vocab)
     say(f"vocabulary: {len(missing)} control tokens added ({', '.join(missing)})")
+    return replace(loaded, tokenizer=tokenizer)
 
-# %% ../nbs/07_cli.ipynb #f53424d9
+# %% ../nbs/07_cli.ipynb #83e72aa2
 def encode_part(
     job:Job, # What the run works with
     records, # One part of the split
@@ -162,8 +166,8 @@ def train_config(
 ): # `TrainConfig`
     "The training settings: those asked for, and the defaults of `TrainConfig` for the rest"
     from sft_nb.training import TrainConfig
-    names = [flag[2:].replace('-', '_') for flag,_ in OPTIONS['train']] + ['dtype']
-    return TrainConfig(**{n: getattr(args, n) for n in names if getattr(args, n) is not None})
+    asked = {f.name: getattr(args, f.name, None) for f in fields(TrainConfig)}
+    return TrainConfig(**{name: value for name,value in asked.items() if value is not None})
 
 
 def answer(
@@ -184,7 +188,7 @@ def answer(
     say(f"answers   {path}: {response_health(rows, load_meta(path))} ({time.perf_counter()-start:.0f} s)")
     return rows
 
-# %% ../nbs/07_cli.ipynb #94adf352
+# %% ../nbs/07_cli.ipynb #7c4a9bc2
 def train_model(
     job:Job, # What the run works with; its model becomes the tuned one
     out:Path, # Run folder
@@ -192,20 +196,24 @@ def train_model(
     say=print, # Where progress goes
 ): # `TrainLog`
     "Encode, train and save the model, its log and its plot under `out`; with `args.resume` go on where a run stopped"
+    from sft_nb.lora import LoraConfig, add_lora, merge_lora
     from sft_nb.model import load_model, save_model
+    from sft_nb.preflight import preflight
     from sft_nb.training import load_log, plot_losses, train
     rows, val_rows = encode_part(job, job.split.train, args), encode_part(job, job.split.val, args)
     out.mkdir(parents=True, exist_ok=True)
     if not (out/'model').exists():
         rows.receipt.save(out/'receipt.json')
         say(f"rows      {rows.receipt}")
-        cfg = train_config(args)
-        log = train(job.loaded.model, rows, val_rows, cfg, out, resume=args.resume, say=say)
-        if log.stopped: raise Stopped(f"{out}: training stopped early ({log.stopped}); the same command with --resume goes on")
-        meta = dict(sft_nb=__version__, base=job.loaded.source, base_fingerprint=job.loaded.fingerprint, data=job.source,
-                    template=job.template.name, template_fingerprint=job.template.fingerprint, loss_on=args.loss_on,
-                    config=asdict(cfg), validation_loss=[log.vals[0].loss, log.vals[-1].loss])
-        save_model(out/'model', job.loaded.model, job.loaded.tokenizer, job.template, meta)
+        cfg, model = train_config(args), job.loaded.model
+        if args.lora: add_lora(model, LoraConfig(args.lora), cfg.seed)
+        if not (args.no_preflight or args.resume): say(preflight(model, rows, val_rows, cfg, job.loaded.tokenizer).check())
+        log = train(model, rows, val_rows, cfg, out, resume=args.resume, say=say)
+        if log.stopped.startswith('signal'): raise Stopped(f"{out}: {log.stopped}; the same command with --resume goes on")
+        meta = dict(base=job.loaded.source, base_fingerprint=job.loaded.fingerprint, data=job.source, template=job.template.name,
+                    loss_on=args.loss_on, lora=args.lora, config=asdict(cfg), validation_loss=[log.vals[0].loss, log.vals[-1].loss])
+        if args.lora: say(f"adapter   merged into the weights; the largest difference of a logit is {merge_lora(model):.1e}")
+        save_model(out/'model', model, job.loaded.tokenizer, job.template, meta)
         plot_losses(log).savefig(out/'loss.png', dpi=100)
     log, job.loaded = load_log(out), load_model(out/'model')
     say(f"training  {len(log.steps)} steps in {log.secs/60:.1f} minutes, {log.seen_tokens/log.secs:,.0f} tokens/s ({log.dtype}); "
@@ -220,7 +228,7 @@ def train_command(args):
     train_model(prepare(args), out, args)
     print(f"model     {out/'model'}")
 
-# %% ../nbs/07_cli.ipynb #16095f75
+# %% ../nbs/07_cli.ipynb #a9ffc391
 def run_command(args):
     "Do all of it: train, answer before and after, score, report"
     from sft_nb.report import write_report
@@ -230,15 +238,15 @@ def run_command(args):
     settings = dict(model=job.loaded.source, template=job.template.name, data=job.source, loss_on=args.loss_on, **asdict(cfg))
     for part in (job.split.train, job.split.val): encode_part(job, part, args)
     out.mkdir(parents=True, exist_ok=True)
-    before = answer(job, job.split.test, out/'responses-before.json', args)
+    answer(job, job.split.test, out/'responses-before.json', args)
     log = train_model(job, out, args)
-    after = answer(job, job.split.test, out/'responses.json', args)
+    answer(job, job.split.test, out/'responses.json', args)
     files = dict(before=out/'responses-before.json', after=out/'responses.json')
     verdicts = {name: judge_responses(file, args) for name, file in files.items()} if args.judge_url else None
-    data = write_report(out, title=f'sft_nb run: {out.name}', base_rows=before, tuned_rows=after, config=settings, log=log,
-                        val_before=log.vals[0].loss, val_after=log.vals[-1].loss, judge=verdicts)
+    data = write_report(out, title=f'sft_nb run: {out.name}', base_rows=files['before'], tuned_rows=files['after'], config=settings,
+                        log=log, val_before=log.vals[0].loss, val_after=log.vals[-1].loss, judge=verdicts)
     print_scores(data)
-    print(f"report    {out/'report.md'}")
+    print(f"report    {out/'report.html'}")
 
 
 def print_scores(
@@ -249,11 +257,10 @@ def print_scores(
         d = m['diff']
         print(f"score     {name:20} {m['before']:5.1f} -> {m['after']:5.1f}   {d['mean']:+5.1f} (95 % interval {d['low']:+.1f} to {d['high']:+.1f})")
 
-# %% ../nbs/07_cli.ipynb #efbba5c2
+# %% ../nbs/07_cli.ipynb #fc9d8e62
 def respond_command(args):
     "Answer the records of a file"
-    job = prepare(args, say=lambda text: None)
-    job.template = choose_template(job.loaded, args.template, args.force_template)
+    job = prepare(args)
     records = load_records(job.source) if args.part=='all' else getattr(job.split, args.part)
     answer(job, records, args.out, args)
 
@@ -277,14 +284,12 @@ def judge_command(args):
 
 def compare_command(args):
     "Set two files of answers side by side; with --out, write a report"
-    from sft_nb.evaluation import load_responses
     from sft_nb.report import report_data, write_report
-    before, after = load_responses(args.before), load_responses(args.after)
-    if args.out: data = write_report(new_folder(args.out), title=f'{args.before} and {args.after}', base_rows=before, tuned_rows=after)
-    else: data = report_data(before, after)
+    if not args.out: data = report_data(args.before, args.after)
+    else: data = write_report(new_folder(args.out), title=f'{args.before} and {args.after}', base_rows=args.before, tuned_rows=args.after)
     print_scores(data)
 
-# %% ../nbs/07_cli.ipynb #1cfe234c
+# %% ../nbs/07_cli.ipynb #a63449af
 def inspect_command(args):
     "Show what training would see: the receipt and the first rows token by token"
     from sft_nb.dataset import view_record
@@ -296,18 +301,21 @@ def inspect_command(args):
 
 
 def chat_command(args):
-    "Talk to a model; an empty line or end of input ends the talk"
-    from sft_nb.data import Message, Record
-    from sft_nb.generation import answer_records
+    "Talk to a model; an empty line or the end of input ends the talk"
+    from sft_nb.dataset import encode_prompt
+    from sft_nb.generation import default_stop_ids, stream
     from sft_nb.model import load_model
     loaded = load_model(args.model)
-    template = choose_template(loaded, args.template, args.force_template)
+    model, tokenizer, template = loaded.model, loaded.tokenizer, choose_template(loaded, args.template, args.force_template)
     turns = []
     while asked := read_line():
         turns.append(Message('user', asked))
-        said = answer_records(loaded.model, loaded.tokenizer, template, [Record(tuple(turns), {})], args.max_new)[0]
-        print(said.text, flush=True)
-        turns.append(Message('assistant', said.text))
+        prompt, said = encode_prompt(Record(tuple(turns), {}), template, tokenizer), ''
+        for piece in stream(model, tokenizer, prompt, args.max_new, stop_ids=default_stop_ids(model, tokenizer, template)):
+            print(piece, end='', flush=True)
+            said += piece
+        print()
+        turns.append(Message('assistant', said))
 
 
 def read_line(
