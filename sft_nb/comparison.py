@@ -27,7 +27,12 @@ class Interval:
         if not self.n: return 'no rows'
         return f'{self.mean:.1f} [{self.low:.1f}, {self.high:.1f}] (n={self.n})'
 
-# %% ../nbs/06a_comparison.ipynb #1e89314b
+# %% ../nbs/06a_comparison.ipynb #7d620eea
+def _level(n):
+    "What to ask of the bootstrap so that `n` rows give 95 %: a resample spreads less than the population, as a normal curve does beside Student's"
+    from scipy.stats import norm, t
+    return 1-2*norm.cdf(-math.sqrt(n/(n-1))*t.ppf(0.975, n-1))
+
 def _resampled(data, statistic, seed, n_resamples):
     "Ends of the 95 % BCa interval, of the percentile interval where BCa is not defined"
     from scipy.stats import bootstrap
@@ -35,7 +40,7 @@ def _resampled(data, statistic, seed, n_resamples):
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             ends = bootstrap(data, statistic, paired=len(data)>1, vectorized=True, n_resamples=n_resamples, batch=1000, method=method,
-                             rng=np.random.default_rng(seed)).confidence_interval
+                             confidence_level=_level(len(data[0])), rng=np.random.default_rng(seed)).confidence_interval
         if np.isfinite([ends.low, ends.high]).all(): break
     return float(ends.low), float(ends.high)
 
@@ -199,7 +204,7 @@ def weighted_kappa(
     chance = np.outer(seen.sum(1), seen.sum(0))/seen.sum()
     return float(1-(cost*seen).sum()/(cost*chance).sum()) if (cost*chance).sum() else math.nan
 
-# %% ../nbs/06a_comparison.ipynb #88b5ea2b
+# %% ../nbs/06a_comparison.ipynb #18ef8680
 @dataclass(frozen=True)
 class Agreement:
     "How well one scorer's points agree with another's; 95 % intervals over rows"
@@ -216,14 +221,14 @@ class Agreement:
 def agree(
     first, # Points of one scorer, 0 to 100
     second, # Points of the one to be believed
-    n_resamples:int=999, # Bootstrap resamples
+    n_resamples:int=499, # Bootstrap resamples
 )->Agreement: # The agreement with its intervals
     "Agreement over the rows that both scored, raising `InputError` when they are fewer than 10"
-    from scipy.stats import spearmanr
+    from scipy.stats import rankdata
     pairs = np.array([(a, b) for a,b in zip(first, second) if not math.isnan(a+b)])
     if len(pairs)<10: raise InputError(f"agreement: {len(pairs)} rows have both scores; at least 10 are needed")
     def level(x): return np.clip(np.round(x/25), 0, 4).astype(int)
-    def rho(p): return spearmanr(p[:,0], p[:,1]).statistic if np.ptp(p[:,0]) and np.ptp(p[:,1]) else math.nan
+    def rho(p): return np.corrcoef(rankdata(p, axis=0).T)[0,1] if np.ptp(p, axis=0).all() else math.nan
     def area(p):
         p = p[(p[:,1]>=80)|(p[:,1]<=20)]
         return auc(p[:,0], p[:,1]>=80)

@@ -65,10 +65,10 @@ class Reply:
     thought:bool=False # Was there a separate train of thought?
     secs:float=0. # Time until the whole reply was here
 
-# %% ../nbs/06b_server.ipynb #2541d6d5
+# %% ../nbs/06b_server.ipynb #1282477f
 def _read_tokens(listed):
     "The alternatives of each token, from `logprobs.content` or Ollama's `logprobs`"
-    return tuple((t['token'], {a['token']: float(a['logprob']) for a in t.get('top_logprobs') or [t]}) for t in listed or [])
+    return tuple((t['token'], {a['token']: float(a['logprob']) for a in (t.get('top_logprobs') or [t])[::-1]}) for t in listed or [])
 
 def read_openai(
     data:dict, # The body of a chat completion
@@ -143,7 +143,7 @@ def _wished_wait(headers)->float|None:
     try: return min(60., max(0., float(headers.get('retry-after', ''))))
     except ValueError: return None
 
-# %% ../nbs/06b_server.ipynb #41e46d01
+# %% ../nbs/06b_server.ipynb #a3f9a00a
 class Server:
     "A chat server of either dialect; asks again on passing trouble"
     def __init__(self,
@@ -170,11 +170,11 @@ class Server:
         azure = (urlsplit(self.place.base).hostname or '').endswith('.azure.com')
         return {'api-key': key.strip()} if azure else {'Authorization': f'Bearer {key.strip()}'}
 
-    def _once(self, method, path, body):
-        "One attempt: the body of the reply as a dictionary"
+    def _once(self, path, body, read):
+        "One attempt: what `read` finds in the body of the reply"
         started, data = time.monotonic(), bytearray()
         try:
-            with self.client.stream(method, self.place.at(path), json=body) as reply:
+            with self.client.stream('GET' if body is None else 'POST', self.place.at(path), json=body) as reply:
                 for piece in reply.iter_bytes():
                     data += piece
                     if time.monotonic()-started>self.deadline: raise Passing(f'no whole reply within {self.deadline:g} s')
@@ -187,14 +187,16 @@ class Server:
         if status>=300: raise Declined(status, _server_words(data))
         try: found = json.loads(bytes(data))
         except ValueError: raise Passing(f'HTTP {status} with a body that is not JSON: {bytes(data[:60])!r}') from None
-        if not isinstance(found, dict): raise Passing(f'HTTP {status} with a body that is no object: {shorten(found)}')
-        return found
+        try: return read(found)
+        except (KeyError, TypeError, IndexError, AttributeError, ValueError):
+            raise Passing(f'HTTP {status} with a body that is not what was asked for: {shorten(found)}') from None
 
     def send(self,
         path:str, # Service, such as 'chat/completions'
         body:dict|None=None, # What to post; None: get
+        read=dict, # Function that takes from the body what is wanted; if it cannot, the reply counts as broken
         tries:int|None=None, # Attempts, if not the usual number
-    )->dict: # What came back
+    ): # What `read` gave
         "Ask until there is an answer, raising `Passing` or `Declined` when there is none"
         from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
         slower = wait_random_exponential(multiplier=self.pause, max=30)
@@ -202,7 +204,7 @@ class Server:
             wished = state.outcome.exception().wait
             return slower(state)+self.pause/2 if wished is None else wished+random.random()*self.pause
         again = Retrying(retry=retry_if_exception_type(Passing), stop=stop_after_attempt(tries or self.tries), wait=pause, reraise=True)
-        return again(self._once, 'GET' if body is None else 'POST', path, body)
+        return again(self._once, path, body, read)
 
     def chat(self,
         prompt, # The user message, or a list of messages
@@ -213,18 +215,15 @@ class Server:
         started, ollama = time.monotonic(), self.place.api=='ollama'
         body = chat_body(self.place.api, self.model, prompt, max_new, **more) | self.extra
         body = {self.rename.get(k, k): v for k,v in body.items() if k not in self.drop}
-        data = self.send('api/chat' if ollama else 'chat/completions', body)
-        try: reply = (read_ollama if ollama else read_openai)(data)
-        except (KeyError, TypeError, IndexError, AttributeError, ValueError):
-            raise Passing(f'the reply is no chat reply: {shorten(data)}') from None
+        reply = self.send('api/chat', body, read_ollama) if ollama else self.send('chat/completions', body, read_openai)
         return replace(reply, secs=time.monotonic()-started)
 
     def models(self)->list: # Names; [] if the server does not list them
         "The models a server has, raising `Passing` if nobody is there"
         try:
-            if self.place.api=='ollama': return [m['name'] for m in self.send('api/tags', tries=1)['models']]
-            return [m['id'] for m in self.send('models', tries=1)['data']]
-        except (Passing, Declined, KeyError, TypeError) as e:
+            if self.place.api=='ollama': return self.send('api/tags', None, lambda data: [m['name'] for m in data['models']], 1)
+            return self.send('models', None, lambda data: [m['id'] for m in data['data']], 1)
+        except (Passing, Declined) as e:
             if getattr(e, 'down', False): raise
             return []
 

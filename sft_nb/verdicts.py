@@ -7,7 +7,7 @@ __all__ = ['PROTOCOLS', 'WAYS', 'FINAL', 'Protocol', 'get_protocol', 'defuse', '
            'read_verdict', 'read_cut_verdict', 'Verdict', 'expected_verdict', 'read_tokens', 'Judge', 'preflight',
            'question_key', 'Ledger', 'Question', 'JudgeStopped', 'judgment', 'ask_all']
 
-# %% ../nbs/06c_verdicts.ipynb #3da61e1e
+# %% ../nbs/06c_verdicts.ipynb #3fea9b57
 import hashlib, json, math, os, re, threading, time
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
-from .data import InputError, near_misses, shorten
+from .data import InputError, near_misses
 from .server import Declined, Passing, Reply, Server, first_reply
 
 # %% ../nbs/06c_verdicts.ipynb #ac1280ed
@@ -179,7 +179,7 @@ def read_tokens(
         return {v: sum(math.exp(lp) for t,lp in tops.items() if t.strip()==str(v)) for v in values}
     return {}
 
-# %% ../nbs/06c_verdicts.ipynb #9c7c26ce
+# %% ../nbs/06c_verdicts.ipynb #faaa6cb8
 _TOO_LONG = re.compile(r'context.{0,20}(length|window|size)|too long|maximum.{0,20}(context|length|tokens)|exceed', re.I)
 
 @dataclass(frozen=True)
@@ -237,11 +237,11 @@ class Judge:
         criteria = [a.partition(' = ')[2] for a in self.protocol.anchors]
         question = {'type': 'score', 'instructions': self.protocol.question.partition('?')[0]+'?', 'criteria': criteria}
         state, started = prompt.removesuffix(self.protocol.ending).strip(), time.monotonic()
-        said = self.server.send('systemone', {'model': self.server.model, 'state': state, 'questions': {'verdict': question}})
-        try: probs = {v: float(said['answers']['verdict']['probabilities'][str(n)]) for n,v in enumerate(self.protocol.values)}
-        except (KeyError, TypeError, ValueError): raise Passing(f'the reply is no decision: {shorten(said)}') from None
-        used = said.get('usage') or {}
-        return expected_verdict(probs, Reply('', None, used.get('input_tokens'), 0, secs=time.monotonic()-started))
+        def read(said):
+            probs = said['answers']['verdict']['probabilities']
+            return {v: float(probs[str(n)]) for n,v in enumerate(self.protocol.values)}, (said.get('usage') or {}).get('input_tokens')
+        probs, n_tokens = self.server.send('systemone', {'model': self.server.model, 'state': state, 'questions': {'verdict': question}}, read)
+        return expected_verdict(probs, Reply('', None, n_tokens, 0, secs=time.monotonic()-started))
 
 # %% ../nbs/06c_verdicts.ipynb #4271c27b
 WAYS = ('decision', 'logprobs', 'json', 'text')
