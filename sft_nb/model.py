@@ -210,7 +210,7 @@ def file_parts(
     parts = tensor.split(part_sizes(cfg, name, len(names))) if len(names)>1 else [tensor]
     return [(n, p.T if transposed else p) for n,p in zip(names, parts)]
 
-# %% ../nbs/04_model.ipynb #61ca6dd1
+# %% ../nbs/04_model.ipynb #2945ebfd
 def fill_model(
     cfg:ModelConfig, # The model
     read, # Function: name in the file -> tensor
@@ -219,8 +219,9 @@ def fill_model(
     where:str, # File or folder that errors name
 )->Decoder: # On the CPU
     "Build a decoder from a file's tensors, raising `InputError` with a list of those that do not fit"
-    with torch.device('meta'): model = Decoder(cfg)
-    model = model.to(dtype).to_empty(device='cpu')
+    model = _meta_model(cfg)
+    for m in model.modules():
+        for n,p in m.named_parameters(recurse=False): setattr(m, n, nn.Parameter(torch.empty(p.shape, dtype=dtype)))
     wrong,left = [],set(names)
     for name,p in model.named_parameters():
         for n,to in file_parts(cfg, name, p.data):
@@ -238,6 +239,11 @@ def fill_model(
         more = f' and {len(wrong) - 6} more' if len(wrong)>6 else ''
         raise InputError(f"{where}: {len(wrong)} tensors do not fit the configuration: {'; '.join(wrong[:6])}{more}; fetch the model again")
     return model
+
+
+def _meta_model(cfg):
+    "A decoder without memory for its weights"
+    with torch.device('meta'): return Decoder(cfg)
 
 # %% ../nbs/04_model.ipynb #a0b1ab9a
 def hf_tensors(
@@ -459,7 +465,7 @@ def open_gguf(
     except Exception as e: # whatever the reader stumbles over, the file is at fault
         raise InputError(f"{path}: not a GGUF file, or damaged or cut short ({str(e) or type(e).__name__}); fetch it again") from None
 
-# %% ../nbs/04_model.ipynb #462d5d46
+# %% ../nbs/04_model.ipynb #769131c8
 GGUF_KINDS = 'llama', 'qwen2', 'qwen3', 'phi3', 'gpt2'
 
 def gguf_to_hf(
@@ -475,8 +481,7 @@ def gguf_to_hf(
     eps = float(f"{own('attention.layer_norm_rms_epsilon') or own('attention.layer_norm_epsilon') or 1e-5:.6g}")
     D,H,n,inner,longest = (own(k) for k in ('embedding_length', 'attention.head_count', 'block_count', 'feed_forward_length', 'context_length'))
     hf = dict(model_type=arch, architectures=[CLASSES[arch]], vocab_size=len(get('tokenizer.ggml.tokens') or ()), tie_word_embeddings='output.weight' not in names)
-    for k,g in dict(bos='bos', eos='eos', pad='padding').items():
-        if get(f'tokenizer.ggml.{g}_token_id') is not None: hf[f'{k}_token_id'] = get(f'tokenizer.ggml.{g}_token_id')
+    for k,g in dict(bos='bos', eos='eos', pad='padding').items(): hf[f'{k}_token_id'] = get(f'tokenizer.ggml.{g}_token_id')
     if None in (D, H, n, inner, longest): raise InputError(f"{where}: settings of the architecture are missing; fetch the file again")
     if arch=='gpt2': return hf | dict(n_embd=D, n_layer=n, n_head=H, n_inner=inner, n_positions=longest, layer_norm_epsilon=eps, activation_function='gelu_new')
     d = own('attention.key_length') or D//H
@@ -513,7 +518,7 @@ def undo_interleave(
     "Rows 0, 2, 4, ... of each head first, then 1, 3, 5, ..."
     return t.view(-1, head_dim//2, 2, *t.shape[1:]).transpose(1, 2).reshape(t.shape)
 
-# %% ../nbs/04_model.ipynb #1bc1a6cb
+# %% ../nbs/04_model.ipynb #374ea466
 def load_gguf(
     path, # A .gguf file
     dtype:torch.dtype|None=torch.float32, # Precision of the weights in memory; None: float32
@@ -541,10 +546,6 @@ def load_gguf(
     model = fill_model(cfg, read, names, dtype or torch.float32, str(path))
     return Loaded(model, gguf_tokenizer(get, path), template or gguf_template(get, path), str(path), file_sha256(path)[:16])
 
-
-def _meta_model(cfg):
-    with torch.device('meta'): return Decoder(cfg)
-
 # %% ../nbs/04_model.ipynb #d704ec44
 _LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -569,14 +570,14 @@ def gguf_tokenizer(
     text = lambda key: None if own(key) is None else tokens[own(key)]
     return as_tokenizer(tok, text('eos_token_id'), text('padding_token_id'), path.stem)
 
-# %% ../nbs/04_model.ipynb #43c49f8d
+# %% ../nbs/04_model.ipynb #c2fabd5d
 def _byte_bpe(own, path):
     "Bytes merged to tokens, as in GPT-2"
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
     cut = own('pre')
     if cut not in CUTS: raise InputError(f"{path}: unknown way to cut text, got {cut!r}; take the model's Hugging Face folder")
     vocab = {t: i for i,t in enumerate(own('tokens'))}
-    tok = Tokenizer(models.BPE(vocab, [tuple(m.split(' ')) for m in own('merges')], ignore_merges=cut=='llama-bpe'))
+    tok = Tokenizer(models.BPE(vocab, [tuple(m.split(' ')) for m in own('merges') or ()], ignore_merges=cut=='llama-bpe'))
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=cut in ('gpt-2', 'gpt2', 'smollm'))
     first = pre_tokenizers.Digits(individual_digits=True) if CUTS[cut]=='digits' else CUTS[cut] and pre_tokenizers.Split(Regex(CUTS[cut]), 'isolated')
     tok.pre_tokenizer = pre_tokenizers.Sequence([first, level]) if first else level
