@@ -115,12 +115,12 @@ def chat_body(
     elif schema: body['response_format'] = {'type': style, style: {'name': 'verdict', 'strict': True, 'schema': schema}}
     return body | dict(temperature=0, seed=123, max_tokens=max_new)
 
-# %% ../nbs/06b_server.ipynb #de06e7fe
+# %% ../nbs/06b_server.ipynb #1a83d2d4
 class Passing(Exception):
     "Trouble that may be over when we ask again"
-    def __init__(self, what, wait=None, down=False):
+    def __init__(self, what, wait=None, kind=''):
         super().__init__(what)
-        self.wait, self.down = wait, down # Seconds the server asked for, or None; was nobody there?
+        self.wait, self.kind = wait, kind # Seconds the server asked for, or None; 'down': nobody there, 'late': no reply in time
 
 class Declined(Exception):
     "The server understood and said no"
@@ -143,7 +143,7 @@ def _wished_wait(headers)->float|None:
     try: return min(60., max(0., float(headers.get('retry-after', ''))))
     except ValueError: return None
 
-# %% ../nbs/06b_server.ipynb #a3f9a00a
+# %% ../nbs/06b_server.ipynb #9f268d83
 class Server:
     "A chat server of either dialect; asks again on passing trouble"
     def __init__(self,
@@ -177,10 +177,11 @@ class Server:
             with self.client.stream('GET' if body is None else 'POST', self.place.at(path), json=body) as reply:
                 for piece in reply.iter_bytes():
                     data += piece
-                    if time.monotonic()-started>self.deadline: raise Passing(f'no whole reply within {self.deadline:g} s')
+                    if time.monotonic()-started>self.deadline: raise Passing(f'no whole reply within {self.deadline:g} s', kind='late')
                     if len(data)>20_000_000: raise Passing('the reply does not end')
         except httpx.HTTPError as e:
-            raise Passing(f'{type(e).__name__}: {e}'.strip(': '), down=isinstance(e, httpx.ConnectError)) from None
+            kind = 'down' if isinstance(e, httpx.ConnectError) else 'late' if isinstance(e, httpx.ReadTimeout) else ''
+            raise Passing(f'{type(e).__name__}: {e}'.strip(': '), kind=kind) from None
         status = reply.status_code
         if status in (408, 409, 425, 429) or status>=500:
             raise Passing(f'HTTP {status}: {_server_words(data)}', _wished_wait(reply.headers))
@@ -198,12 +199,15 @@ class Server:
         tries:int|None=None, # Attempts, if not the usual number
     ): # What `read` gave
         "Ask until there is an answer, raising `Passing` or `Declined` when there is none"
-        from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+        from tenacity import Retrying, retry_if_exception_type, wait_random_exponential
         slower = wait_random_exponential(multiplier=self.pause, max=30)
         def pause(state):
             wished = state.outcome.exception().wait
             return slower(state)+self.pause/2 if wished is None else wished+random.random()*self.pause
-        again = Retrying(retry=retry_if_exception_type(Passing), stop=stop_after_attempt(tries or self.tries), wait=pause, reraise=True)
+        def enough(state):
+            late = getattr(state.outcome.exception(), 'kind', '')=='late'
+            return state.attempt_number>=(min(2, tries or self.tries) if late else tries or self.tries)
+        again = Retrying(retry=retry_if_exception_type(Passing), stop=enough, wait=pause, reraise=True)
         return again(self._once, path, body, read)
 
     def chat(self,
@@ -224,7 +228,7 @@ class Server:
             if self.place.api=='ollama': return self.send('api/tags', None, lambda data: [m['name'] for m in data['models']], 1)
             return self.send('models', None, lambda data: [m['id'] for m in data['data']], 1)
         except (Passing, Declined) as e:
-            if getattr(e, 'down', False): raise
+            if getattr(e, 'kind', '')=='down': raise
             return []
 
     def close(self):
