@@ -8,8 +8,8 @@ __all__ = ['OPTIONS', 'COMMANDS', 'Stopped', 'new_folder', 'choose_template', 'O
            'print_scores', 'respond_command', 'judge_responses', 'judge_command', 'compare_command', 'inspect_command',
            'chat_command', 'read_line', 'build_parser', 'main']
 
-# %% ../nbs/07_cli.ipynb #d27b6dd1
-import argparse, os, sys, time
+# %% ../nbs/07_cli.ipynb #31afac3a
+import argparse, os, shutil, sys, time
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -188,7 +188,7 @@ def answer(
     say(f"answers   {path}: {response_health(rows, load_meta(path))} ({time.perf_counter()-start:.0f} s)")
     return rows
 
-# %% ../nbs/07_cli.ipynb #7c4a9bc2
+# %% ../nbs/07_cli.ipynb #41cf95ff
 def train_model(
     job:Job, # What the run works with; its model becomes the tuned one
     out:Path, # Run folder
@@ -215,6 +215,7 @@ def train_model(
         if args.lora: say(f"adapter   merged into the weights; the largest difference of a logit is {merge_lora(model):.1e}")
         save_model(out/'model', model, job.loaded.tokenizer, job.template, meta)
         plot_losses(log).savefig(out/'loss.png', dpi=100)
+        shutil.rmtree(out/'checkpoints', ignore_errors=True) # twelve bytes a weight, of no use once the model is saved
     log, job.loaded = load_log(out), load_model(out/'model')
     say(f"training  {len(log.steps)} steps in {log.secs/60:.1f} minutes, {log.seen_tokens/log.secs:,.0f} tokens/s ({log.dtype}); "
         f"validation loss {log.vals[0].loss:.4f} -> {log.vals[-1].loss:.4f} nats a target")
@@ -375,3 +376,7 @@ def main(
         print(f"sft_nb: {str(e) or 'interrupted'}", file=sys.stderr)
         return 130
     return 0
+
+# %% ../nbs/07_cli.ipynb #8d4ac94a
+#| eval: false
+if __name__=='__main__': sys.exit(main())

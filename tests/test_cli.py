@@ -1,0 +1,161 @@
+"The command line as a user meets it: processes, exit statuses, one-line complaints, and a run that is killed and goes on."
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = dict(model_type='gpt2', architectures=['GPT2LMHeadModel'], vocab_size=50257, n_embd=16, n_layer=1, n_head=2, n_positions=128)
+FAST = ['--dtype', 'float32', '--max-new', '4', '--no-preflight']
+
+
+def sft_nb(*words, cwd, stdin=None, timeout=300):
+    env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1')
+    return subprocess.run([sys.executable, '-m', 'sft_nb.cli', *map(str, words)], cwd=cwd, env=env, input=stdin, text=True,
+                          capture_output=True, timeout=timeout)
+
+
+def complaint(done):
+    "The one line of a refused command"
+    assert done.returncode == 2, done.stdout + done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1 and 'Traceback' not in done.stderr, done.stderr
+    return lines[0]
+
+
+@pytest.fixture(scope='module')
+def home(tmp_path_factory):
+    "A folder with forty records and a tiny random model"
+    import torch
+
+    from sft_nb.dataset import get_gpt2_tokenizer
+    from sft_nb.model import Decoder, config_from_hf, save_model
+    path = tmp_path_factory.mktemp('home')
+    torch.manual_seed(7)
+    save_model(path/'tiny', Decoder(config_from_hf(TINY)), get_gpt2_tokenizer())
+    rows = [dict(instruction=f'Add {i} and {i+1}.', input='', output=f'{2*i+1}', source='toy') for i in range(40)]
+    (path/'toy.json').write_text(json.dumps(rows))
+    return path
+
+
+def test_help_is_quick_and_complete():
+    start = time.perf_counter()
+    done = sft_nb('--help', cwd=ROOT)
+    secs = time.perf_counter() - start
+    assert done.returncode == 0 and secs < 20                # a bound against hanging; the promise of 1 s is for a quiet machine
+    for command in ('run', 'train', 'respond', 'judge', 'compare', 'inspect', 'chat'):
+        assert command in done.stdout
+        assert sft_nb(command, '--help', cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize('name,text,said', [
+    ('nowhere.json', None, 'no such file'),
+    ('words.json', 'hello', 'JSON'),
+    ('cut.json', '[{"instruction": "a", "output": "b"', 'the file is cut off'),
+    ('object.json', '{"rows": 3}', 'format not recognised'),
+    ('number.json', '3', 'record'),
+    ('empty.json', '[]', 'holds no records'),
+    ('void.json', '', 'holds no records'),
+    ('noinstruction.json', '[{"input": "", "output": "b"}]', 'instruction'),
+    ('nooutput.json', '[{"instruction": "a", "input": ""}]', "'output' is missing"),
+    ('type.json', '[{"instruction": 3, "output": "b"}]', "'instruction' must be text, got 3"),
+    ('null.json', '[{"instruction": "a", "output": null}]', "'output' must be text"),
+    ('one.json', '[{"instruction": "a", "output": "b"}]', 'a part would be empty'),
+])
+def test_bad_data(home, name, text, said):
+    if text is not None: (home/name).write_text(text)
+    line = complaint(sft_nb('run', '--model', 'tiny', '--data', name, '--name', 'bad', cwd=home))
+    assert said in line and name.split('.')[0] in line or 'split' in line
+    assert not (home/'runs/bad').exists()
+
+
+@pytest.mark.parametrize('words,said', [
+    (['--template', 'alpacca'], "did you mean 'alpaca'"),
+    (['--model', 'tinny'], "did you mean 'tiny'"),
+    (['--model', 'nowhere/at/all'], 'nowhere/at/all'),
+    (['--lr', '-1'], 'lr must be above 0'),
+    (['--lr', 'fast'], 'invalid float'),
+    (['--epochs', '0'], 'epochs must be above 0'),
+    (['--loss-on', 'everything'], 'loss_on'),
+    (['--schedule', 'cosin'], 'schedule must be one of'),
+    (['--max-length', '20'], 'longer'),
+    (['--bogus'], 'unrecognized arguments'),
+])
+def test_bad_options(home, words, said):
+    base = [] if '--model' in words else ['--model', 'tiny']
+    line = complaint(sft_nb('run', '--data', 'toy.json', '--name', 'bad', *base, *words, cwd=home))
+    assert said in line, line
+    assert not (home/'runs/bad').exists()
+
+
+def test_damaged_weights_are_refused(home, tmp_path):
+    import shutil
+    shutil.copytree(home/'tiny', tmp_path/'hurt')
+    weights = tmp_path/'hurt/model.safetensors'
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    assert 'hurt' in complaint(sft_nb('run', '--data', home/'toy.json', '--model', 'hurt', '--name', 'bad', cwd=tmp_path))
+
+
+def test_folder_that_is_not_empty(home):
+    (home/'runs/full').mkdir(parents=True, exist_ok=True)
+    (home/'runs/full/mine.txt').write_text('keep me')
+    line = complaint(sft_nb('run', '--data', 'toy.json', '--model', 'tiny', '--name', 'full', cwd=home))
+    assert 'not empty' in line and 'mine.txt' in line
+    assert [p.name for p in (home/'runs/full').iterdir()] == ['mine.txt']
+
+
+def test_run_then_the_other_commands(home):
+    done = sft_nb('run', '--data', 'toy.json', '--model', 'tiny', '--name', 'whole', '--epochs', '2', *FAST, cwd=home)
+    assert done.returncode == 0, done.stderr
+    out = home/'runs/whole'
+    rows = json.loads((out/'responses.json').read_text())
+    assert len(rows) == 4 and set(rows[0]) == {'instruction', 'input', 'output', 'source', 'model_response', 'id'}
+    assert not (out/'checkpoints').exists()
+    from transformers import AutoModelForCausalLM
+    assert AutoModelForCausalLM.from_pretrained(out/'model').config.model_type == 'gpt2'
+    done = sft_nb('respond', '--model', out/'model', '--data', 'toy.json', '--part', 'test', '--out', 'again.json', '--max-new', '4', cwd=home)
+    assert done.returncode == 0, done.stderr
+    assert [r['model_response'] for r in json.loads((home/'again.json').read_text())] == [r['model_response'] for r in rows]
+    done = sft_nb('compare', out/'responses-before.json', out/'responses.json', '--out', 'compared', cwd=home)
+    assert done.returncode == 0 and (home/'compared/report.html').exists(), done.stderr
+    done = sft_nb('inspect', '--data', 'toy.json', '--model', 'tiny', '--rows', '1', cwd=home)
+    assert done.returncode == 0 and 'tokens are learned' in done.stdout, done.stderr
+    done = sft_nb('chat', '--model', out/'model', '--max-new', '3', cwd=home, stdin='Add 1 and 2.\n\n')
+    assert done.returncode == 0, done.stderr
+    line = complaint(sft_nb('chat', '--model', out/'model', '--template', 'chatml', cwd=home, stdin='hi\n'))
+    assert 'was tuned with template' in line
+
+
+def test_other_ways_to_train(home):
+    for name, words in dict(lora=['--lora', '2'], tokens=['--template', 'chatml'], all=['--loss-on', 'all', '--prompt-weight', '0.5']).items():
+        done = sft_nb('run', '--data', 'toy.json', '--model', 'tiny', '--name', name, '--epochs', '1', *words, *FAST, cwd=home)
+        assert done.returncode == 0, done.stderr
+    about = json.loads((home/'runs/lora/model/sft_nb.json').read_text())
+    assert about['lora'] == 2 and about['data'] == 'toy.json'
+
+
+def test_a_killed_run_goes_on_as_if_never_stopped(home):
+    words = ['run', '--data', 'toy.json', '--model', 'tiny', '--epochs', '12', *FAST]
+    assert sft_nb(*words, '--name', 'straight', cwd=home).returncode == 0
+    env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1')
+    process = subprocess.Popen([sys.executable, '-m', 'sft_nb.cli', *words, '--name', 'killed'], cwd=home, env=env,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while time.time() < deadline and not list((home/'runs/killed').glob('checkpoints/*')): time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = sft_nb(*words, '--name', 'killed', '--resume', cwd=home)
+    assert done.returncode == 0, done.stderr
+    for name in ('model/model.safetensors', 'responses.json', 'responses-before.json'):
+        assert (home/'runs/killed'/name).read_bytes() == (home/'runs/straight'/name).read_bytes(), name
+
+
+def test_judge_without_a_server(home):
+    (home/'answers.json').write_text(json.dumps([dict(instruction='a', input='', output='b', model_response='b')]))
+    assert '--judge-url' in complaint(sft_nb('judge', 'answers.json', cwd=home))
+    assert '127.0.0.1:9' in complaint(sft_nb('judge', 'answers.json', '--judge-url', 'http://127.0.0.1:9/v1', '--judge-model', 'x', cwd=home))
