@@ -15,6 +15,7 @@ setup(
     long_description=(HERE/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
     packages=find_packages(include=['sft_nb*']), package_data={'sft_nb': ['gpt2_bpe/*']}, include_package_data=True,
     python_requires=f">={cfg['min_python']}", install_requires=shlex.split(cfg['requirements']),
-    extras_require={'dev': shlex.split(cfg['dev_requirements'])},
+    extras_require={'dev': shlex.split(cfg['dev_requirements'])} |
+        {name.removeprefix('extra_'): shlex.split(cfg[name]) for name in cfg if name.startswith('extra_')},
     entry_points={'console_scripts': shlex.split(cfg['console_scripts']), 'nbdev': ['sft_nb=sft_nb._modidx:d']},
 )
