@@ -124,7 +124,10 @@ def test_run_then_the_other_commands(home):
     done = sft_nb('compare', out/'responses-before.json', out/'responses.json', '--out', 'compared', cwd=home)
     assert done.returncode == 0 and (home/'compared/report.html').exists(), done.stderr
     done = sft_nb('inspect', '--data', 'toy.json', '--model', 'tiny', '--rows', '1', cwd=home)
-    assert done.returncode == 0 and 'tokens are learned' in done.stdout, done.stderr
+    assert done.returncode == 0 and 'tokens are learned' in done.stdout and 'nothing found' in done.stdout, done.stderr
+    (home/'questions.jsonl').write_text('{"instruction": "Add 1 and 2."}\n{"instruction": "Add 2 and 3."}\n')
+    done = sft_nb('respond', '--model', out/'model', '--data', 'questions.jsonl', '--out', 'new.json', '--max-new', '4', cwd=home)
+    assert done.returncode == 0 and len(json.loads((home/'new.json').read_text())) == 2, done.stderr
     done = sft_nb('chat', '--model', out/'model', '--max-new', '3', cwd=home, stdin='Add 1 and 2.\n\n')
     assert done.returncode == 0, done.stderr
     line = complaint(sft_nb('chat', '--model', out/'model', '--template', 'chatml', cwd=home, stdin='hi\n'))
@@ -153,6 +156,15 @@ def test_a_killed_run_goes_on_as_if_never_stopped(home):
     assert done.returncode == 0, done.stderr
     for name in ('model/model.safetensors', 'responses.json', 'responses-before.json'):
         assert (home/'runs/killed'/name).read_bytes() == (home/'runs/straight'/name).read_bytes(), name
+
+
+def test_broken_records_are_counted_and_left_out(home):
+    rows = json.loads((home/'toy.json').read_text())
+    (home/'mixed.json').write_text(json.dumps([*rows, {'instruction': 'no answer'}, {'instruction': 3, 'output': 'x'}]))
+    assert 'record 40' in complaint(sft_nb('train', '--data', 'mixed.json', '--model', 'tiny', '--name', 'mixed', cwd=home))
+    done = sft_nb('train', '--data', 'mixed.json', '--model', 'tiny', '--name', 'mixed', '--drop-broken', '--epochs', '1', *FAST[:2],
+                  '--no-preflight', cwd=home)
+    assert done.returncode == 0 and 'records dropped: 2' in done.stdout, done.stderr
 
 
 def test_judge_without_a_server(home):
