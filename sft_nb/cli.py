@@ -208,7 +208,7 @@ def answer(
     say(f"answers   {path}: {response_health(rows, load_meta(path))} ({time.perf_counter()-start:.0f} s)")
     return rows
 
-# %% ../nbs/07_cli.ipynb #41cf95ff
+# %% ../nbs/07_cli.ipynb #ee6534cd
 def train_model(
     job:Job, # What the run works with; its model becomes the tuned one
     out:Path, # Run folder
@@ -227,7 +227,10 @@ def train_model(
         say(f"rows      {rows.receipt}")
         cfg, model = train_config(args), job.loaded.model
         if args.lora: add_lora(model, LoraConfig(args.lora), cfg.seed)
-        if not (args.no_preflight or args.resume): say(preflight(model, rows, val_rows, cfg, job.loaded.tokenizer).check())
+        if not (args.no_preflight or args.resume):
+            found = preflight(model, rows, val_rows, cfg, job.loaded.tokenizer)
+            say(f"preflight\n{found}")
+            found.check()
         log = train(model, rows, val_rows, cfg, out, resume=args.resume, say=say)
         if log.stopped.startswith('signal'): raise Stopped(f"{out}: {log.stopped}; the same command with --resume goes on")
         meta = dict(base=job.loaded.source, base_fingerprint=job.loaded.fingerprint, data=job.source, template=job.template.name,
