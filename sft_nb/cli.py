@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['OPTIONS', 'COMMANDS', 'Stopped', 'new_folder', 'choose_template', 'OneLineParser', 'add_options', 'Job', 'read_data',
-           'open_model', 'prepare', 'fit_vocabulary', 'encode_part', 'train_config', 'answer', 'train_model',
-           'train_command', 'run_command', 'print_scores', 'respond_command', 'judge_responses', 'judge_command',
-           'compare_command', 'inspect_command', 'chat_command', 'read_line', 'build_parser', 'main']
+           'open_model', 'prepare', 'fit_vocabulary', 'encode_part', 'train_config', 'answer', 'check_job',
+           'train_model', 'train_command', 'run_command', 'print_scores', 'respond_command', 'judge_responses',
+           'judge_command', 'compare_command', 'inspect_command', 'chat_command', 'read_line', 'build_parser', 'main']
 
 # %% ../nbs/07_cli.ipynb #a56aba54
 import argparse, os, shutil, sys, time
@@ -208,34 +208,46 @@ def answer(
     say(f"answers   {path}: {response_health(rows, load_meta(path))} ({time.perf_counter()-start:.0f} s)")
     return rows
 
-# %% ../nbs/07_cli.ipynb #ee6534cd
+# %% ../nbs/07_cli.ipynb #f7ec45b7
+def check_job(
+    job:Job, # What the run works with; with `args.lora` its model gets adapters that change nothing yet
+    args, # Parsed options of the groups encode, model and train
+    say=print, # Where progress goes
+)->tuple: # Settings, rows to train on, rows to validate on
+    "Encode the rows and look at everything that can be looked at before training, raising `InputError`"
+    from sft_nb.lora import LoraConfig, add_lora
+    from sft_nb.preflight import preflight
+    cfg, model = train_config(args), job.loaded.model
+    rows, val_rows = encode_part(job, job.split.train, args), encode_part(job, job.split.val, args)
+    say(f"rows      {rows.receipt}")
+    if args.lora: add_lora(model, LoraConfig(args.lora), cfg.seed)
+    if not (args.no_preflight or args.resume):
+        found = preflight(model, rows, val_rows, cfg, job.loaded.tokenizer)
+        say(f"preflight\n{found}")
+        found.check()
+    return cfg, rows, val_rows
+
+
 def train_model(
     job:Job, # What the run works with; its model becomes the tuned one
+    checked:tuple, # What `check_job` returned
     out:Path, # Run folder
     args, # Parsed options of the groups encode, model and train
     say=print, # Where progress goes
 ): # `TrainLog`
-    "Encode, train and save the model, its log and its plot under `out`; with `args.resume` go on where a run stopped"
-    from sft_nb.lora import LoraConfig, add_lora, merge_lora
+    "Train and save the model, its log and its plot under `out`; with `args.resume` go on where a run stopped"
+    from sft_nb.lora import merge_lora
     from sft_nb.model import load_model, save_model
-    from sft_nb.preflight import preflight
     from sft_nb.training import load_log, plot_losses, train
-    rows, val_rows = encode_part(job, job.split.train, args), encode_part(job, job.split.val, args)
-    out.mkdir(parents=True, exist_ok=True)
     if not (out/'model').exists():
+        (cfg, rows, val_rows), model = checked, job.loaded.model
+        out.mkdir(parents=True, exist_ok=True)
         rows.receipt.save(out/'receipt.json')
-        say(f"rows      {rows.receipt}")
-        cfg, model = train_config(args), job.loaded.model
-        if args.lora: add_lora(model, LoraConfig(args.lora), cfg.seed)
-        if not (args.no_preflight or args.resume):
-            found = preflight(model, rows, val_rows, cfg, job.loaded.tokenizer)
-            say(f"preflight\n{found}")
-            found.check()
         log = train(model, rows, val_rows, cfg, out, resume=args.resume, say=say)
         if log.stopped.startswith('signal'): raise Stopped(f"{out}: {log.stopped}; the same command with --resume goes on")
+        if args.lora: say(f"adapter   merged into the weights; the largest difference of a logit is {merge_lora(model):.1e}")
         meta = dict(base=job.loaded.source, base_fingerprint=job.loaded.fingerprint, data=job.source, template=job.template.name,
                     loss_on=args.loss_on, lora=args.lora, config=asdict(cfg), validation_loss=[log.vals[0].loss, log.vals[-1].loss])
-        if args.lora: say(f"adapter   merged into the weights; the largest difference of a logit is {merge_lora(model):.1e}")
         save_model(out/'model', model, job.loaded.tokenizer, job.template, meta)
         plot_losses(log).savefig(out/'loss.png', dpi=100)
         shutil.rmtree(out/'checkpoints', ignore_errors=True) # twelve bytes a weight, of no use once the model is saved
@@ -249,21 +261,22 @@ def train_command(args):
     "Tune a model on a file of records"
     out = new_folder(args.out or Path('runs')/args.name, args.resume)
     train_config(args)
-    train_model(prepare(args), out, args)
+    job = prepare(args)
+    train_model(job, check_job(job, args), out, args)
     print(f"model     {out/'model'}")
 
-# %% ../nbs/07_cli.ipynb #a9ffc391
+# %% ../nbs/07_cli.ipynb #2884548e
 def run_command(args):
     "Do all of it: train, answer before and after, score, report"
     from sft_nb.report import write_report
     out = new_folder(args.out or Path('runs')/args.name, args.resume)
     cfg = train_config(args)
     job = prepare(args)
-    settings = dict(model=job.loaded.source, template=job.template.name, data=job.source, loss_on=args.loss_on, **asdict(cfg))
-    for part in (job.split.train, job.split.val): encode_part(job, part, args)
+    settings = dict(model=job.loaded.source, template=job.template.name, data=job.source, loss_on=args.loss_on, lora=args.lora, **asdict(cfg))
+    checked = check_job(job, args)
     out.mkdir(parents=True, exist_ok=True)
     answer(job, job.split.test, out/'responses-before.json', args)
-    log = train_model(job, out, args)
+    log = train_model(job, checked, out, args)
     answer(job, job.split.test, out/'responses.json', args)
     files = dict(before=out/'responses-before.json', after=out/'responses.json')
     verdicts = {name: judge_responses(file, args) for name, file in files.items()} if args.judge_url else None
