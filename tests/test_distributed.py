@@ -1,0 +1,65 @@
+"Several processes train what one process trains; one that dies leaves a run that can be resumed by any number."
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+TOY = Path(__file__).with_name('toy_run.py')
+ENV = dict(os.environ, OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore')
+
+
+def run(folder, n=1, settings='{}', *more, ok=True):
+    folder.mkdir(exist_ok=True)
+    start = [sys.executable] if n == 1 else [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(n)]
+    p = subprocess.Popen([*start, str(TOY), str(folder), settings, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=ENV, start_new_session=True)
+    try: out, err = p.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        os.killpg(p.pid, signal.SIGKILL)
+        raise
+    assert (p.returncode == 0) == ok, out + err[-3000:]
+    if not ok: return
+    said = dict(line.split(': ') for line in out.splitlines() if line.startswith('process'))
+    assert len(said) == n and len(set(said.values())) == 1, said
+    return torch.load(folder/'weights.pt'), json.loads((folder/'losses.json').read_text())
+
+
+def same(a, b, tol):
+    for x,y in zip(a[1], b[1]): assert x == pytest.approx(y, rel=tol)
+    for n,w in a[0].items(): torch.testing.assert_close(w, b[0][n], rtol=0, atol=tol*max(1, w.abs().max().item()))
+
+
+@pytest.fixture(scope='module')
+def alone(tmp_path_factory): return run(tmp_path_factory.mktemp('alone'))
+
+
+@pytest.mark.parametrize('n', [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_processes_equal_one(alone, tmp_path, n):
+    "The last batch of an epoch has two rows, so with four processes two of them have none"
+    same(run(tmp_path/'n', n), alone, 1e-5)
+
+
+def test_one_dies_and_one_goes_on(alone, tmp_path):
+    run(tmp_path/'n', 2, '{}', '', '9', ok=False)
+    assert sorted(os.listdir(tmp_path/'n/run/checkpoints'))[-1] == 'step-00000008'
+    same(run(tmp_path/'n', 1, '{}', 'resume'), alone, 1e-5)
+
+
+@pytest.mark.parametrize('n', [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_sharded_equals_one(alone, tmp_path, n):
+    same(run(tmp_path/'n', n, '{"shard": true}'), alone, 1e-5)
+
+
+def test_sharded_by_two_goes_on_with_one_and_back(alone, tmp_path):
+    folder, two = tmp_path/'n', '{"shard": true}'
+    run(folder, 2, two, '', '9', ok=False)
+    shards = folder/'run/checkpoints/step-00000008/shards'
+    assert len(list(shards.glob('*.distcp'))) == 2
+    run(folder, 1, '{}', 'resume', '17', ok=False)
+    assert (folder/'run/checkpoints/step-00000016/state.safetensors').exists()
+    same(run(folder, 2, two, 'resume'), alone, 1e-5)
