@@ -326,11 +326,12 @@ def compare_command(args):
     else: data = write_report(new_folder(args.out), title=f'{args.before} and {args.after}', base_rows=args.before, tuned_rows=args.after)
     print_scores(data)
 
-# %% ../nbs/07_cli.ipynb #ab65566c
+# %% ../nbs/07_cli.ipynb #301cf756
 def inspect_command(args):
     "Show what training would see: the receipt and the first rows token by token"
     from sft_nb.dataset import view_record
     from sft_nb.lint import count_findings, find_leaks, lint_records
+    args.data = args.file or args.data
     job = prepare(args)
     leaks = find_leaks(job.split)
     print(f"lint\n{count_findings(lint_records([r for part in job.split for r in part]))}")
@@ -364,7 +365,7 @@ def read_line(
     try: return input('> ' if sys.stdin.isatty() else '').strip()
     except EOFError: return ''
 
-# %% ../nbs/07_cli.ipynb #849b2028
+# %% ../nbs/07_cli.ipynb #fa891002
 COMMANDS = dict(
     run=(run_command, 'data encode model train answer judge', 'tune, answer before and after, score, report'),
     train=(train_command, 'data encode model train', 'tune a model on a file of records'),
@@ -397,6 +398,7 @@ def build_parser(
     p['compare'].add_argument('before', metavar='A', help='responses file of the first model')
     p['compare'].add_argument('after', metavar='B', help='responses file of the second model')
     p['compare'].add_argument('--out', metavar='FOLDER', help='write a report there')
+    p['inspect'].add_argument('file', nargs='?', metavar='DATA', help='the same as --data')
     p['inspect'].add_argument('--rows', type=int, default=3, metavar='N', help='rows to show token by token [3]')
     for name in ('respond', 'chat'): p[name].add_argument('--template', metavar='NAME', help="[the model's own]")
     return parser

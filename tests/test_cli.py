@@ -123,7 +123,7 @@ def test_run_then_the_other_commands(home):
     assert [r['model_response'] for r in json.loads((home/'again.json').read_text())] == [r['model_response'] for r in rows]
     done = sft_nb('compare', out/'responses-before.json', out/'responses.json', '--out', 'compared', cwd=home)
     assert done.returncode == 0 and (home/'compared/report.html').exists(), done.stderr
-    done = sft_nb('inspect', '--data', 'toy.json', '--model', 'tiny', '--rows', '1', cwd=home)
+    done = sft_nb('inspect', 'toy.json', '--model', 'tiny', '--rows', '1', cwd=home)
     assert done.returncode == 0 and 'tokens are learned' in done.stdout and 'nothing found' in done.stdout, done.stderr
     (home/'questions.jsonl').write_text('{"instruction": "Add 1 and 2."}\n{"instruction": "Add 2 and 3."}\n')
     done = sft_nb('respond', '--model', out/'model', '--data', 'questions.jsonl', '--out', 'new.json', '--max-new', '4', cwd=home)
