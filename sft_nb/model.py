@@ -245,11 +245,13 @@ def _meta_model(cfg):
     "A decoder without memory for its weights"
     with torch.device('meta'): return Decoder(cfg)
 
-# %% ../nbs/04_model.ipynb #a0b1ab9a
+# %% ../nbs/04_model.ipynb #de4c2919
 def hf_tensors(
     model:nn.Module, # The model to write
 ): # Iterator over pairs of name and tensor, in the file's orientation
-    "The weights under their family's names"
+    "The weights under their family's names, raising `InputError` if there are adapters among them"
+    if any('.adapter.' in name for name,_ in model.named_parameters()):
+        raise InputError("save_model: the model has LoRA adapters; merge_lora(model) first, or write them alone with save_adapter")
     for name,p in model.named_parameters(): yield from file_parts(model.cfg, name, p.data)
 
 # %% ../nbs/04_model.ipynb #b91b6a02
