@@ -312,7 +312,7 @@ def load_adapter(
         m.adapter.B.data.copy_(torch.cat([tensors[n]['B'] for n in names]))
     return model
 
-# %% ../nbs/04a_lora.ipynb #1ac2fb2f
+# %% ../nbs/04a_lora.ipynb #57bc956e
 def quantize_base(
     model:Decoder, # Changed in place: linear maps of the blocks are frozen and stored in four bits
     block:int=64, # Weights that share a scale
@@ -320,7 +320,7 @@ def quantize_base(
     "Store the blocks' linear maps as NF4, raising `InputError` where that cannot be done"
     try: from torchao.quantization import to_nf4
     except ImportError: raise InputError("LoRA: 4-bit weights need the package torchao; install it with pip install torchao") from None
-    for m,name,_ in dict.fromkeys(linear_parts(model).values()):
+    for name,m in {name: m for m,name,_ in linear_parts(model).values()}.items():
         n = m.weight.numel()
         if n%block: raise InputError(f"LoRA: {name} has {n} weights, which blocks of {block} do not divide; choose another block")
         m.weight = nn.Parameter(to_nf4(m.weight.detach(), block, math.gcd(n//block, 256)), requires_grad=False)

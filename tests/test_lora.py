@@ -1,0 +1,191 @@
+"Adapters against the peft library, in both directions, and what a notebook cell cannot hold."
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from sft_nb.collate import collate_examples
+from sft_nb.data import InputError, load_json, save_json
+from sft_nb.dataset import Example
+from sft_nb.decoder import batch_loss
+from sft_nb.generation import generate, generate_naive
+from sft_nb.lora import (LoraConfig, Share, adapted, add_lora, find_targets, load_adapter, merge_lora, quantize_base,
+                         remove_lora, save_adapter, trainable_share)
+from sft_nb.model import load_model, save_model
+
+transformers, peft = pytest.importorskip('transformers'), pytest.importorskip('peft')
+torch.set_num_threads(1)
+
+SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, max_position_embeddings=64, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+CONFIGS = dict(
+    llama=lambda: transformers.LlamaConfig(**SIZES, tie_word_embeddings=True),
+    qwen2=lambda: transformers.Qwen2Config(**SIZES),
+    phi3=lambda: transformers.Phi3Config(**SIZES),
+    gemma2=lambda: transformers.Gemma2Config(**SIZES, head_dim=8, query_pre_attn_scalar=8),
+    gpt2=lambda: transformers.GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64,
+                                         bos_token_id=None, eos_token_id=None))
+TARGETS = dict(llama=['q_proj', 'v_proj', 'up_proj'], qwen2=['k_proj', 'o_proj', 'gate_proj'], phi3=['qkv_proj', 'down_proj'],
+               gemma2=['q_proj', 'k_proj', 'v_proj', 'down_proj'], gpt2=['c_attn', 'mlp.c_proj'])
+ids = torch.randint(0, 97, (3, 20), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(params=CONFIGS)
+def family(request, tmp_path):
+    "A random model written by transformers, and ours read from its folder"
+    torch.manual_seed(3)
+    theirs = transformers.AutoModelForCausalLM.from_config(CONFIGS[request.param](), attn_implementation='eager').eval()
+    theirs.save_pretrained(tmp_path/'base')
+    return request.param, theirs, load_model(tmp_path/'base').model.eval(), tmp_path
+
+
+def shake(model):
+    "Adapters as after some training: B is zero no longer"
+    for m in adapted(model): nn.init.normal_(m.adapter.B, std=0.2)
+    return model
+
+
+@pytest.mark.parametrize('cfg', [LoraConfig(4, 8), LoraConfig(3, 5, root_scale=True)], ids=['plain', 'root scale'])
+@pytest.mark.parametrize('every', [True, False], ids=['all', 'some'])
+def test_peft_reads_ours(family, cfg, every):
+    name, theirs, ours, folder = family
+    cfg = LoraConfig(cfg.rank, cfg.alpha, 0., 'all' if every else tuple(TARGETS[name]), cfg.root_scale)
+    before = ours(ids)
+    shake(add_lora(ours, cfg))
+    assert (ours(ids) - before).abs().max() > 0.01
+    save_adapter(folder/'adapter', ours, base=str(folder/'base'))
+    read = peft.PeftModel.from_pretrained(theirs, folder/'adapter').eval()
+    with torch.no_grad(): torch.testing.assert_close(read(ids).logits, ours(ids), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize('root', [False, True])
+def test_we_read_pefts(family, root):
+    name, theirs, ours, folder = family
+    cfg = peft.LoraConfig(r=4, lora_alpha=6, target_modules=TARGETS[name], use_rslora=root, task_type='CAUSAL_LM',
+                          init_lora_weights=False, fan_in_fan_out=name=='gpt2')
+    made = peft.get_peft_model(theirs, cfg).eval()
+    made.save_pretrained(folder/'adapter')
+    load_adapter(folder/'adapter', ours)
+    with torch.no_grad(): torch.testing.assert_close(ours(ids), made(ids).logits, atol=1e-5, rtol=1e-5)
+    assert trainable_share(ours).n_trainable == made.get_nb_trainable_parameters()[0]
+
+
+def test_there_and_back_is_bitwise(family):
+    _, _, ours, folder = family
+    shake(add_lora(ours, LoraConfig(4)))
+    save_adapter(folder/'adapter', ours)
+    again = load_adapter(folder/'adapter', load_model(folder/'base').model.eval())
+    assert torch.equal(again(ids), ours(ids))
+
+
+def test_gradients_are_pefts(family):
+    name, theirs, ours, folder = family
+    shake(add_lora(ours, LoraConfig(4)))
+    save_adapter(folder/'adapter', ours)
+    read = peft.PeftModel.from_pretrained(theirs, folder/'adapter', is_trainable=True)
+    logits = read(ids).logits[:,:-1]
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:,1:].flatten(), reduction='sum').backward()
+    rows = [Example(r.numpy().astype('int32'), torch.ones(20).numpy(), 'x') for r in ids]
+    batch_loss(ours, collate_examples(rows))[0].backward()
+    grads = {}
+    for m in adapted(ours):
+        sizes = [b - a for a,b in m.adapter.cuts]
+        m.adapter.A.data, m.adapter.B.data = m.adapter.A.grad, m.adapter.B.grad
+    save_adapter(folder/'gradients', ours)
+    from safetensors.torch import load_file
+    grads = load_file(folder/'gradients/adapter_model.safetensors')
+    for n,p in read.named_parameters():
+        if not p.requires_grad: continue
+        torch.testing.assert_close(grads[n.replace('.default', '')], p.grad, atol=1e-4, rtol=1e-4)
+
+
+def test_merged_is_unmerged_and_transformers_loads_it(family):
+    _, _, ours, folder = family
+    shake(add_lora(ours, LoraConfig(4)))
+    with torch.no_grad(): before = ours(ids)
+    assert merge_lora(ours) < 1e-4
+    save_model(folder/'merged', ours)
+    read = transformers.AutoModelForCausalLM.from_pretrained(folder/'merged', attn_implementation='eager').eval()
+    with torch.no_grad(): torch.testing.assert_close(read(ids).logits, before, atol=1e-4, rtol=1e-4)
+
+
+def test_a_model_with_adapters_is_not_saved_as_a_plain_one(family):
+    _, _, ours, folder = family
+    add_lora(ours)
+    with pytest.raises(InputError, match='merge_lora'): save_model(folder/'out', ours)
+    assert not (folder/'out').exists()
+
+
+def test_generation_uses_adapters(family):
+    _, _, ours, _ = family
+    shake(add_lora(ours, LoraConfig(4)))
+    class Plain:
+        eos_id = None
+        def decode_content(self, ids): return ''
+    prompts = [[5, 6, 7], [9], [1, 2, 3, 4, 5, 6]]
+    for a,p in zip(generate(ours, Plain(), prompts, 8), prompts): assert list(a.ids)==generate_naive(ours, p, 8)
+
+
+def test_bfloat16_base_learns_in_float32(family):
+    _, _, ours, _ = family
+    add_lora(ours, LoraConfig(4), base_dtype=torch.bfloat16)
+    assert {p.dtype for p in ours.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in ours.parameters() if not p.requires_grad} == {torch.bfloat16}
+    rows = [Example(r.numpy().astype('int32'), torch.ones(20).numpy(), 'x') for r in ids]
+    batch = collate_examples(rows)
+    opt = torch.optim.Adam([p for p in ours.parameters() if p.requires_grad], lr=0.01)
+    first = None
+    for _ in range(25):
+        loss, n = batch_loss(ours, batch)
+        first = first or loss.item()
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+    assert loss.item() < 0.97*first
+
+
+def test_pefts_kinds_we_do_not_compute_are_refused(family):
+    name, theirs, ours, folder = family
+    cfg = peft.LoraConfig(r=4, target_modules=TARGETS[name], use_dora=True, task_type='CAUSAL_LM', fan_in_fan_out=name=='gpt2')
+    peft.get_peft_model(theirs, cfg).save_pretrained(folder/'dora')
+    with pytest.raises(InputError, match='use_dora'): load_adapter(folder/'dora', ours)
+    assert not adapted(ours)
+
+
+def test_a_torn_adapter_is_refused_and_changes_nothing(family):
+    _, _, ours, folder = family
+    shake(add_lora(ours, LoraConfig(4)))
+    path = save_adapter(folder/'adapter', ours)/'adapter_model.safetensors'
+    plain = load_model(folder/'base').model
+    whole = path.read_bytes()
+    for n in (0, 7, len(whole)//2, len(whole)-1):
+        path.write_bytes(whole[:n])
+        with pytest.raises(InputError, match='cannot be read'): load_adapter(folder/'adapter', plain)
+    path.write_bytes(whole)
+    save_json(folder/'adapter/adapter_config.json', load_json(folder/'adapter/adapter_config.json') | dict(r=5))
+    with pytest.raises(InputError, match='load the model the adapter was made for'): load_adapter(folder/'adapter', plain)
+    assert not adapted(plain) and trainable_share(plain).n_trainable == trainable_share(plain).n_all
+
+
+def test_unknown_targets_name_the_near_misses():
+    torch.manual_seed(3)
+    from sft_nb.decoder import Decoder, ModelConfig
+    toy = Decoder(ModelConfig('llama', 31, 1, 16, 2, 2, 8, 24, 32))
+    with pytest.raises(InputError, match='gate_proj'): find_targets(toy, 'gate_prj')
+    assert str(Share(1, 8)) == '1 of 8 weights can be trained (12.50%)'
+
+
+def test_4_bit_base(family):
+    "On a CPU: memory a quarter of bfloat16's, logits near, adapters learn, merging is refused"
+    pytest.importorskip('torchao', reason='torchao is an extra: pip install torchao')
+    _, _, ours, _ = family
+    plain = ours.bfloat16()(ids)
+    quantize_base(ours)
+    near = ours(ids)
+    assert 0 < (near - plain).norm()/plain.norm() < 0.35
+    add_lora(ours, LoraConfig(4))
+    rows = [Example(r.numpy().astype('int32'), torch.ones(20).numpy(), 'x') for r in ids]
+    batch_loss(ours, collate_examples(rows))[0].backward()
+    assert all(m.adapter.B.grad.abs().max()>0 for m in adapted(ours))
+    with pytest.raises(InputError, match='4-bit'): merge_lora(ours)
