@@ -6,9 +6,9 @@
 __all__ = ['Interval', 'mean_interval', 'score_interval', 'Comparison', 'equal_length_difference', 'compare_scores', 'auc',
            'weighted_kappa', 'Agreement', 'agree']
 
-# %% ../nbs/06a_comparison.ipynb #4b0de58f
-import json, math, warnings
-from dataclasses import asdict, dataclass, field
+# %% ../nbs/06a_comparison.ipynb #fd7476f4
+import math, warnings
+from dataclasses import dataclass, field
 
 import numpy as np
 from .data import InputError
@@ -27,9 +27,9 @@ class Interval:
         if not self.n: return 'no rows'
         return f'{self.mean:.1f} [{self.low:.1f}, {self.high:.1f}] (n={self.n})'
 
-# %% ../nbs/06a_comparison.ipynb #7d620eea
+# %% ../nbs/06a_comparison.ipynb #3450cad8
 def _level(n):
-    "What to ask of the bootstrap so that `n` rows give 95 %: a resample spreads less than the population, as a normal curve does beside Student's"
+    "Level to ask for so that `n` rows give 95 %: a resample spreads a little less than its population"
     from scipy.stats import norm, t
     return 1-2*norm.cdf(-math.sqrt(n/(n-1))*t.ppf(0.975, n-1))
 
@@ -39,8 +39,9 @@ def _resampled(data, statistic, seed, n_resamples):
     for method in ('BCa', 'percentile'):
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            ends = bootstrap(data, statistic, paired=len(data)>1, vectorized=True, n_resamples=n_resamples, batch=1000, method=method,
-                             confidence_level=_level(len(data[0])), rng=np.random.default_rng(seed)).confidence_interval
+            found = bootstrap(data, statistic, paired=len(data)>1, vectorized=True, n_resamples=n_resamples, batch=1000,
+                              method=method, confidence_level=_level(len(data[0])), rng=np.random.default_rng(seed))
+        ends = found.confidence_interval
         if np.isfinite([ends.low, ends.high]).all(): break
     return float(ends.low), float(ends.high)
 
@@ -65,7 +66,8 @@ def mean_interval(
     if len(sums)<3: return Interval(mean, -math.inf, math.inf, len(x)) # two cases say nothing about a third
     if np.ptp(x)==0: return Interval(mean, mean, mean, len(x))
     if (counts==1).all(): return Interval(mean, *_resampled((sums,), np.mean, seed, n_resamples), len(x))
-    return Interval(mean, *_resampled((sums, counts), lambda s,c,axis: s.sum(axis)/c.sum(axis), seed, n_resamples), len(x))
+    def ratio(s, c, axis): return s.sum(axis)/c.sum(axis)
+    return Interval(mean, *_resampled((sums, counts), ratio, seed, n_resamples), len(x))
 
 # %% ../nbs/06a_comparison.ipynb #c95dd0b7
 def score_interval(
@@ -78,7 +80,7 @@ def score_interval(
     groups = np.array(scores.groups)[kept] if scores.groups else None
     return mean_interval(scores.values[name or scores.primary][kept], groups)
 
-# %% ../nbs/06a_comparison.ipynb #bc352712
+# %% ../nbs/06a_comparison.ipynb #dee6ccf9
 @dataclass(frozen=True)
 class Comparison:
     "Two models on the same rows"
@@ -101,21 +103,17 @@ class Comparison:
     @property
     def verdict(self)->str:
         "What may be said, in one sentence"
-        if not any(self.diffs): return f'On all {self.diff.n} rows the two models score the same.'
-        if self.diff.low>0: return f'The second model is better, by {self.diff.mean:.1f} points [{self.diff.low:.1f}, {self.diff.high:.1f}].'
-        if self.diff.high<0: return f'The second model is worse, by {-self.diff.mean:.1f} points [{-self.diff.high:.1f}, {-self.diff.low:.1f}].'
-        return (f'These {self.diff.n} rows cannot tell the two models apart: the difference is {self.diff.mean:+.1f} points '
-                f'[{self.diff.low:.1f}, {self.diff.high:.1f}], and only about {self.visible:.0f} or more would show.')
+        d = self.diff
+        if not any(self.diffs): return f'On all {d.n} rows the two models score the same.'
+        if d.low>0: return f'The second model is better, by {d.mean:.1f} points [{d.low:.1f}, {d.high:.1f}].'
+        if d.high<0: return f'The second model is worse, by {-d.mean:.1f} points [{-d.high:.1f}, {-d.low:.1f}].'
+        return (f'These {d.n} rows cannot tell the two models apart: the difference is {d.mean:+.1f} points '
+                f'[{d.low:.1f}, {d.high:.1f}], and only about {self.visible:.0f} or more would show.')
 
     def __str__(self):
-        return (f'{self.metric}: {self.before:.1f} -> {self.after:.1f}. {self.verdict} p={self.p:.4f}; {self.wins} rows better, {self.ties} equal, '
-                f'{self.losses} worse; passes {self.passes[0]} -> {self.passes[1]} (p={self.p_pass:.4f})')
-
-    def summary(self)->dict:
-        "All but the rows, ready for JSON"
-        numbers = {k: v for k,v in asdict(self).items() if k not in ('ids', 'diffs')}
-        return json.loads(json.dumps(numbers, default=list).replace('-Infinity', 'null').replace('Infinity', 'null').replace('NaN', 'null')) | {
-            'verdict': self.verdict}
+        return (f'{self.metric}: {self.before:.1f} -> {self.after:.1f}. {self.verdict} p={self.p:.4f}; '
+                f'{self.wins} rows better, {self.ties} equal, {self.losses} worse; '
+                f'passes {self.passes[0]} -> {self.passes[1]} (p={self.p_pass:.4f})')
 
 # %% ../nbs/06a_comparison.ipynb #d1e08c21
 def equal_length_difference(
@@ -134,25 +132,28 @@ def equal_length_difference(
         return d.mean(axis)-slope*x.mean(axis)
     return Interval(float(intercept(d, x)), *_resampled((d, x), intercept, seed, 1999), len(d))
 
-# %% ../nbs/06a_comparison.ipynb #cb725f09
+# %% ../nbs/06a_comparison.ipynb #b9b6d37d
 def _join(before, after, metric):
     "Positions in both files and both scores of the rows that `metric` scored in both"
     for scores in (before, after):
-        if metric not in scores.values: raise InputError(f"compare: {metric!r} was not measured in both files; choose another metric")
+        if metric in scores.values: continue
+        raise InputError(f"compare: {metric!r} was not measured in both files; choose another metric")
     made = [scores.made_of.get(metric) for scores in (before, after)]
-    if made[0]!=made[1]: raise InputError(f"compare: {metric!r} is {made[0]} in one file, {made[1]} in the other; score both alike")
+    if made[0]!=made[1]:
+        raise InputError(f"compare: {metric!r} is {made[0]} in one file, {made[1]} in the other; score both alike")
     place = {i: n for n,i in enumerate(before.ids)}
     at = np.array([(place[i], n) for n,i in enumerate(after.ids) if i in place], int).reshape(-1, 2)
     old, new = before.values[metric][at[:,0]], after.values[metric][at[:,1]]
     kept = ~np.isnan(old+new)
     if kept.any(): return at[kept], old[kept], new[kept]
-    raise InputError(f"compare: the two files share no row scored by {metric!r}; were they made from the same test set?")
+    raise InputError(f"compare: the files share no row scored by {metric!r}; were they made from the same test set?")
 
 def _sign_flip_p(sums, seed):
     "Share of random sign changes that give a sum as far from 0"
     from scipy.stats import permutation_test
     if len(sums)<2 or not sums.any(): return 1.
-    return float(permutation_test((sums,), np.sum, permutation_type='samples', n_resamples=9999, rng=np.random.default_rng(seed)).pvalue)
+    return float(permutation_test((sums,), np.sum, permutation_type='samples', n_resamples=9999,
+                                  rng=np.random.default_rng(seed)).pvalue)
 
 def _pass_test(old, new):
     "Rows at 80 and above in each, and the exact McNemar p-value"
@@ -160,14 +161,14 @@ def _pass_test(old, new):
     up, down = int(((new>=80)&(old<80)).sum()), int(((new<80)&(old>=80)).sum())
     return (int((old>=80).sum()), int((new>=80).sum())), float(binomtest(up, up+down).pvalue) if up+down else 1.
 
-# %% ../nbs/06a_comparison.ipynb #46b6ab95
+# %% ../nbs/06a_comparison.ipynb #f4dbfd61
 def compare_scores(
     before:Scores, # Scores of the first model
     after:Scores, # Scores of the second
     metric:str|None=None, # A metric both have; None: the primary one
     seed:int=0, # Seed of the resampling
 )->Comparison: # The paired comparison
-    "Second minus first on the rows both have, joined by id; raises `InputError` if they have none or were measured differently"
+    "Second minus first on the rows both have; raises `InputError` if there are none, or if measured differently"
     metric = metric or after.primary
     at, old, new = _join(before, after, metric)
     d, ids = new-old, tuple(after.ids[n] for n in at[:,1])
@@ -177,9 +178,11 @@ def compare_scores(
     error = np.sqrt(((sums-d.mean()*counts)**2).sum()*len(sums)/max(1, len(sums)-1))/len(d)
     longer = [after.n_words[b]-before.n_words[a] for a,b in at] if after.n_words and before.n_words else [0]*len(d)
     passes, p_pass = _pass_test(old, new)
-    return Comparison(metric, float(old.mean()), float(new.mean()), mean_interval(d, groups, seed), _sign_flip_p(sums, seed),
-                      int((d>0).sum()), int((d==0).sum()), int((d<0).sum()), 2.8*float(error), passes, p_pass,
-                      equal_length_difference(d, longer, seed), (len(before.ids)-n_shared, len(after.ids)-n_shared), ids, tuple(map(float, d)))
+    return Comparison(
+        metric, float(old.mean()), float(new.mean()), mean_interval(d, groups, seed), _sign_flip_p(sums, seed),
+        wins=int((d>0).sum()), ties=int((d==0).sum()), losses=int((d<0).sum()), visible=2.8*float(error),
+        passes=passes, p_pass=p_pass, equal_length=equal_length_difference(d, longer, seed),
+        n_only=(len(before.ids)-n_shared, len(after.ids)-n_shared), ids=ids, diffs=tuple(map(float, d)))
 
 # %% ../nbs/06a_comparison.ipynb #00a67910
 def auc(
@@ -204,7 +207,7 @@ def weighted_kappa(
     chance = np.outer(seen.sum(1), seen.sum(0))/seen.sum()
     return float(1-(cost*seen).sum()/(cost*chance).sum()) if (cost*chance).sum() else math.nan
 
-# %% ../nbs/06a_comparison.ipynb #18ef8680
+# %% ../nbs/06a_comparison.ipynb #b2f490f1
 @dataclass(frozen=True)
 class Agreement:
     "How well one scorer's points agree with another's; 95 % intervals over rows"
@@ -214,8 +217,8 @@ class Agreement:
     kappa:Interval # Quadratic weighted kappa on five levels
 
     def __str__(self):
-        parts = [f'{name} {i.mean:.2f} [{i.low:.2f}, {i.high:.2f}]' for name,i in
-                 (('rank correlation', self.spearman), ('AUC', self.auc), ('weighted kappa', self.kappa)) if not math.isnan(i.mean)]
+        named = (('rank correlation', self.spearman), ('AUC', self.auc), ('weighted kappa', self.kappa))
+        parts = [f'{name} {i.mean:.2f} [{i.low:.2f}, {i.high:.2f}]' for name,i in named if not math.isnan(i.mean)]
         return f"{', '.join(parts)} on {self.n} rows"
 
 def agree(

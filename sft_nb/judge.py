@@ -59,7 +59,7 @@ def near_miss(
     for n in rng.sample(range(len(parts)), max(1, len(parts)//3)): parts[n] = rng.choice(strange)
     return ' '.join(parts)
 
-# %% ../nbs/06d_judge.ipynb #60837512
+# %% ../nbs/06d_judge.ipynb #b3d40804
 def exam_questions(
     judge:Judge, # Who will be asked
     rows, # Rows of a responses file; their answers are not looked at
@@ -76,11 +76,11 @@ def exam_questions(
     for asked, ref, i, other in usable:
         for tag, answer in (('reference', ref), ('neighbour', other), ('near miss', near_miss(ref, other, seed))):
             made.append(Question(i, judge_prompt(judge.protocol, asked, ref, answer), 'control', tag))
-    empty = [Question(i, judge_prompt(judge.protocol, asked, ref, ''), 'control', 'empty') for asked,ref,i,_ in usable[:5]]
+    empty = [Question(i, judge_prompt(judge.protocol, a, ref, ''), 'control', 'empty') for a,ref,i,_ in usable[:5]]
     again = [replace(q, kind='repeat', repeat=1) for q in made[:15:3]+made[2:15:3]]
     return made+empty+again
 
-# %% ../nbs/06d_judge.ipynb #2a07ee5c
+# %% ../nbs/06d_judge.ipynb #f2013244
 @dataclass(frozen=True)
 class Check:
     "One part of an exam"
@@ -103,6 +103,10 @@ class Exam:
         "Are all deciding checks passed?"
         return all(c.passed for c in self.checks if c.decides)
 
+    def summary(self)->dict:
+        "The exam, ready for JSON"
+        return dict(passed=self.passed, n_questions=self.n_questions, checks=[asdict(c) for c in self.checks])
+
     def __str__(self):
         failed = [f'{c.name} {c.value:.2f}, needs {c.need}' for c in self.checks if c.decides and not c.passed]
         weak = [f'{c.name} {c.value:.2f}' for c in self.checks if not c.decides and not c.passed]
@@ -124,20 +128,20 @@ def _share_check(name, hits, need, said):
     value = float(np.mean(hits)) if len(hits) else 0.
     return Check(name, value, value, value, said, value>=need)
 
-# %% ../nbs/06d_judge.ipynb #8ee3ff45
+# %% ../nbs/06d_judge.ipynb #f647926e
 def grade_exam(
     questions, # What was asked
     found, # The judgments, in the same order
 )->Exam: # The result
     "The checks that the judgments pass or fail"
-    def points(tag, kind='control'): return [r['score'] for q,r in zip(questions, found) if (q.tag, q.kind)==(tag, kind)]
+    def points(tag): return [r['score'] for q,r in zip(questions, found) if (q.tag, q.kind)==(tag, 'control')]
     first = {(q.id, q.tag): r['score'] for q,r in zip(questions, found) if q.kind=='control'}
     changes = [abs(r['score']-first[q.id, q.tag]) for q,r in zip(questions, found)
                if q.kind=='repeat' and r['score'] is not None and first[q.id, q.tag] is not None]
     change = float(np.mean(changes)) if changes else math.inf
     lowest = [s is not None and s<25 for s in points('empty')]
     return Exam((
-        _auc_check("reference above neighbour's answer (AUC)", points('reference'), points('neighbour'), 0.8, True, True),
+        _auc_check("reference above neighbour's (AUC)", points('reference'), points('neighbour'), 0.8, True, True),
         _auc_check('reference above near miss (AUC)', points('reference'), points('near miss'), 0.7, False, False),
         _share_check('empty answers at the lowest level (share)', lowest, 1., 'all'),
         _share_check('readable replies (share)', [r['score'] is not None for r in found], 0.95, '0.95'),
@@ -177,7 +181,7 @@ def room_for(
     need = max((len(p.encode()) for p in prompts), default=0)//2+max_new
     return max(4096, 2**math.ceil(math.log2(need)))
 
-# %% ../nbs/06d_judge.ipynb #3c92be58
+# %% ../nbs/06d_judge.ipynb #1fe9485d
 @dataclass(frozen=True)
 class Judged:
     "What a judge found in one responses file"
@@ -215,24 +219,26 @@ class Judged:
         return 1-self.mean.n/len(self.ids)
 
     def __str__(self):
-        low, high = self.bounds
-        head = f'between {low:.1f} and {high:.1f}' if self.missing>0.05 else str(self.mean).partition(' (')[0]
+        bounds = 'between {:.1f} and {:.1f}'.format(*self.bounds)
+        head = bounds if self.missing>0.05 else str(self.mean).partition(' (')[0]
         left = ', '.join(f'{n} {s}' for s,n in self.counts.items() if s not in ('ok', 'rule'))
-        said = f"{self.judge['model']} ({self.judge['protocol']}, read from {self.judge['way']}): {head}, {self.mean.n} of {len(self.ids)} rows have a verdict"
-        if left: said += f' ({left}; the mean lies between {low:.1f} and {high:.1f} whatever they are)'
-        first = [str(self.exam)] if self.exam and not self.exam.passed else []
-        last = [str(self.exam)] if self.exam and self.exam.passed else []
-        return '; '.join([*first, said, *last, *self.notes])
+        said = (f"{self.judge['model']} ({self.judge['protocol']}, read from {self.judge['way']}): {head}, "
+                f"{self.mean.n} of {len(self.ids)} rows have a verdict")
+        if left: said += f' ({left}; the mean lies {bounds} whatever they are)'
+        exam = [str(self.exam)] if self.exam else []
+        passed = not self.exam or self.exam.passed
+        return '; '.join([said, *exam, *self.notes] if passed else [*exam, said, *self.notes])
 
     def summary(self)->dict:
         "What a report needs, ready for JSON"
         mean = self.mean
-        return dict(text=str(self), judge=self.judge, n_asked=len(self.ids), n_scored=mean.n, mean=None if mean.n==0 else mean.mean,
-                    interval=None if mean.n==0 else [mean.low, mean.high], bounds=list(self.bounds), counts=self.counts, notes=list(self.notes),
-                    exam=self.exam and dict(passed=self.exam.passed, n_questions=self.exam.n_questions, checks=[asdict(c) for c in self.exam.checks]),
-                    tokens=[sum(r['usage'][k] or 0 for r in self.rows) for k in ('prompt', 'completion')], secs=sum(r['secs'] for r in self.rows))
+        tokens = [sum(r['usage'][k] or 0 for r in self.rows) for k in ('prompt', 'completion')]
+        return dict(text=str(self), judge=self.judge, n_asked=len(self.ids), n_scored=mean.n, mean=mean.mean,
+                    interval=[mean.low, mean.high], bounds=list(self.bounds), counts=self.counts,
+                    notes=list(self.notes), exam=self.exam and self.exam.summary(), tokens=tokens,
+                    secs=sum(r['secs'] for r in self.rows))
 
-# %% ../nbs/06d_judge.ipynb #64753263
+# %% ../nbs/06d_judge.ipynb #3660ac68
 def row_question(
     judge:Judge, # Who will be asked
     row:dict, # A row of a responses file
@@ -241,7 +247,8 @@ def row_question(
     asked, reference = prompt_and_reference(row)
     if reference is None: raise InputError(f"row {row['id']}: has no reference to judge by; add 'output' to the record")
     answer = row['model_response']
-    return Question(row['id'], judge_prompt(judge.protocol, asked, reference, answer) if answer.strip() else '', rule=judge.protocol.values[0])
+    prompt = judge_prompt(judge.protocol, asked, reference, answer) if answer.strip() else ''
+    return Question(row['id'], prompt, rule=judge.protocol.values[0])
 
 def judge_rows(
     judge:Judge, # Who is asked, from `preflight`
@@ -257,7 +264,7 @@ def judge_rows(
     found = [{**r, 'status': 'prompt_cut', 'score': None} if c and r['status']=='ok' else r for r,c in zip(found, cut)]
     return Judged(tuple(r['id'] for r in rows), tuple(found), judge.identity(), judge.notes)
 
-# %% ../nbs/06d_judge.ipynb #c14dc7f5
+# %% ../nbs/06d_judge.ipynb #9db4ef0e
 @dataclass(frozen=True)
 class Paired:
     "Which of two models a judge prefers, row by row"
@@ -283,14 +290,16 @@ class Paired:
 
     def __str__(self):
         from scipy.stats import binomtest
-        counts = Counter(self.sides)
+        counts, n = Counter(self.sides), len(self.ids)
+        head = (f"{self.judge['model']}, pairs in both orders: {n-counts[None]} of {n} rows have a verdict, "
+                f"{self.flips:.0%} flip with the order")
+        if not self.flips<=0.3: return '; '.join([head+', so no win rate is shown', *self.notes])
         wins, losses = counts[1], counts[-1]
-        head = f"{self.judge['model']}, pairs in both orders: {len(self.ids)-counts[None]} of {len(self.ids)} rows have a verdict, {self.flips:.0%} flip with the order"
-        if not self.flips<=0.3: return '. '.join([head+', so no win rate is shown', *self.notes])
         p = binomtest(wins, wins+losses).pvalue if wins+losses else 1.
-        return '. '.join([f'{head}; the second model wins {wins}, ties {counts[0]}, loses {losses} (p={p:.4f})', *self.notes])
+        won = f'the second model wins {wins}, ties {counts[0]}, loses {losses} (p={p:.4f})'
+        return '; '.join([head, won, *self.notes])
 
-# %% ../nbs/06d_judge.ipynb #555ba50e
+# %% ../nbs/06d_judge.ipynb #9338c648
 def pair_questions(
     judge:Judge, # Who will be asked, with protocol 'pairs'
     before, # Rows of the first model
@@ -319,31 +328,38 @@ def judge_pairs(
     "Ask which of two answers is better, in both orders"
     questions = pair_questions(judge, before, after)
     found = ask_all(judge, questions, ledger, **more)
-    likes = tuple((ab['score'], None if ba['score'] is None else 100-ba['score']) for ab,ba in zip(found[::2], found[1::2]))
+    def turned(score): return None if score is None else 100-score
+    likes = tuple((ab['score'], turned(ba['score'])) for ab,ba in zip(found[::2], found[1::2]))
     return Paired(tuple(q.id for q in questions[::2]), likes, judge.identity(), judge.notes)
 
-# %% ../nbs/06d_judge.ipynb #6977e010
+# %% ../nbs/06d_judge.ipynb #d220305a
+def _is_number(value): return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+def _read_point(where, row, worst, best):
+    "Id and points, from 0 to 100, of one record"
+    if not isinstance(row, dict) or 'id' not in row or not _is_number(row.get('score')):
+        raise InputError(f"{where}: needs an id and a number as 'score', got {shorten(row)}; mend it")
+    if not worst<=row['score']<=best:
+        raise InputError(f"{where}: score lies outside {worst} to {best}, got {row['score']}; give the scale it is on")
+    return str(row['id']), 100.*(row['score']-worst)/(best-worst)
+
 def load_points(
     path, # File with scores
     rows, # The rows they belong to
     scale:tuple=(0, 100), # Worst and best possible score
 )->list: # Points from 0 to 100, one a row; NaN where the file has none
     "Somebody's scores of `rows`, raising `InputError` if they cannot be matched or lie outside the scale"
-    found = [value for _,value in load_rows(path)]
-    if all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in found):
-        if len(found)!=len(rows): raise InputError(f"{path}: holds {len(found)} numbers for {len(rows)} rows, so nobody can tell which is whose; give each an id")
-        found = [{'id': r['id'], 'score': v} for r,v in zip(rows, found)]
-    given = {}
-    for n, row in enumerate(found):
-        score = row.get('score') if isinstance(row, dict) else None
-        if not isinstance(score, (int, float)) or isinstance(score, bool) or 'id' not in row:
-            raise InputError(f"{path} record {n}: needs an id and a number as 'score', got {shorten(row)}; mend it")
-        if not scale[0]<=score<=scale[1]: raise InputError(f"{path} record {n}: score {score} lies outside {scale[0]} to {scale[1]}; give the scale it is on")
-        given[str(row['id'])] = 100.*(score-scale[0])/(scale[1]-scale[0])
-    if not given.keys() & {r['id'] for r in rows}: raise InputError(f"{path}: none of its ids is a row's, got {shorten(list(given)[:3])}; are they of the same file?")
+    found = list(load_rows(path))
+    if all(_is_number(v) for _,v in found):
+        if len(found)!=len(rows):
+            raise InputError(f"{path}: holds {len(found)} numbers for {len(rows)} rows, so whose is which? Give ids")
+        found = [(where, {'id': r['id'], 'score': v}) for (where, v),r in zip(found, rows)]
+    given = dict(_read_point(*pair, *scale) for pair in found)
+    if not given.keys() & {r['id'] for r in rows}:
+        raise InputError(f"{path}: none of its ids is a row's, got {shorten(list(given)[:3])}; is it the right file?")
     return [given.get(r['id'], math.nan) for r in rows]
 
-# %% ../nbs/06d_judge.ipynb #facd5777
+# %% ../nbs/06d_judge.ipynb #c0282388
 def _same_model(judge:Judge, settings:dict)->bool:
     "Does one of the settings of the judged file name the judge?"
     def plain(name): return Path(str(name)).name.lower().removesuffix('.gguf')
@@ -352,7 +368,8 @@ def _same_model(judge:Judge, settings:dict)->bool:
 def _notes(judge, path, exam):
     notes = list(judge.notes)
     if exam is None: notes.append('the judge was not examined')
-    if _same_model(judge, load_meta(path).get('settings', {})): notes.append('judge and judged are the same model, which favours its own')
+    settings = load_meta(path).get('settings', {})
+    if _same_model(judge, settings): notes.append('judge and judged are the same model, which favours its own')
     return tuple(notes)
 
 def open_judge(

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit, urlunsplit
 import httpx
 from .data import InputError, shorten
 
-# %% ../nbs/06b_server.ipynb #1c6f377b
+# %% ../nbs/06b_server.ipynb #10136ff4
 @dataclass(frozen=True)
 class Place:
     "The address of a server and the dialect it speaks"
@@ -45,7 +45,8 @@ def read_url(
     except ValueError: parts = parts._replace(netloc='')
     if parts.scheme not in ('http', 'https') or not parts.hostname:
         raise InputError(f"server url: not an address, got {url!r}; write it like http://127.0.0.1:8000/v1")
-    if api not in (None, 'openai', 'ollama'): raise InputError(f"server api: unknown, got {api!r}; choose 'openai' or 'ollama'")
+    if api not in (None, 'openai', 'ollama'):
+        raise InputError(f"server api: unknown, got {api!r}; choose 'openai' or 'ollama'")
     path = re.sub(r'/(chat/completions|completions|models|api/chat|api/generate|api)?/?$', '', parts.path.rstrip('/'))
     native = re.search(r'/api(/|$)', parts.path) or (parts.port==11434 and not path)
     api = api or ('ollama' if native else 'openai')
@@ -65,10 +66,11 @@ class Reply:
     thought:bool=False # Was there a separate train of thought?
     secs:float=0. # Time until the whole reply was here
 
-# %% ../nbs/06b_server.ipynb #1282477f
+# %% ../nbs/06b_server.ipynb #5752fb4c
 def _read_tokens(listed):
     "The alternatives of each token, from `logprobs.content` or Ollama's `logprobs`"
-    return tuple((t['token'], {a['token']: float(a['logprob']) for a in (t.get('top_logprobs') or [t])[::-1]}) for t in listed or [])
+    def tops(t): return {a['token']: float(a['logprob']) for a in (t.get('top_logprobs') or [t])[::-1]}
+    return tuple((t['token'], tops(t)) for t in listed or [])
 
 def read_openai(
     data:dict, # The body of a chat completion
@@ -92,14 +94,14 @@ def read_ollama(
     return Reply(text, data.get('done_reason'), data.get('prompt_eval_count'), data.get('eval_count'),
                  _read_tokens(data.get('logprobs')), False, bool(message.get('thinking')) or '<think' in text)
 
-# %% ../nbs/06b_server.ipynb #5914f749
+# %% ../nbs/06b_server.ipynb #4de5c5d9
 def chat_body(
     api:str, # 'openai' or 'ollama'
     model:str, # Name of the model
     prompt, # The user message, or a list of messages
     max_new:int, # Longest reply, in tokens
     schema:dict|None=None, # JSON schema that the reply must follow
-    style:str='json_schema', # How an OpenAI-like server is told the schema: 'json_schema', or 'json_object' as llama-cpp-python wants it
+    style:str='json_schema', # How the schema is told: 'json_schema', or 'json_object' as llama-cpp-python wants it
     tops:int=0, # How many alternatives of each token to report
     context:int|None=None, # Tokens the server should make room for (Ollama only)
 )->dict: # The request
@@ -115,12 +117,12 @@ def chat_body(
     elif schema: body['response_format'] = {'type': style, style: {'name': 'verdict', 'strict': True, 'schema': schema}}
     return body | dict(temperature=0, seed=123, max_tokens=max_new)
 
-# %% ../nbs/06b_server.ipynb #1a83d2d4
+# %% ../nbs/06b_server.ipynb #ab0b37bd
 class Passing(Exception):
     "Trouble that may be over when we ask again"
     def __init__(self, what, wait=None, kind=''):
         super().__init__(what)
-        self.wait, self.kind = wait, kind # Seconds the server asked for, or None; 'down': nobody there, 'late': no reply in time
+        self.wait, self.kind = wait, kind # seconds the server asked for; 'down' (nobody there) or 'late' (no reply)
 
 class Declined(Exception):
     "The server understood and said no"
@@ -143,7 +145,38 @@ def _wished_wait(headers)->float|None:
     try: return min(60., max(0., float(headers.get('retry-after', ''))))
     except ValueError: return None
 
-# %% ../nbs/06b_server.ipynb #9f268d83
+# %% ../nbs/06b_server.ipynb #fa81d038
+def _whole_body(reply, deadline, started):
+    "The bytes of a reply, watching the clock and the size"
+    data = bytearray()
+    for piece in reply.iter_bytes():
+        data += piece
+        if time.monotonic()-started>deadline: raise Passing(f'no whole reply within {deadline:g} s', kind='late')
+        if len(data)>20_000_000: raise Passing('the reply does not end')
+    return bytes(data)
+
+def _wanted(status, headers, data, read):
+    "What `read` takes from a reply's body, raising `Passing` or `Declined` for all that is no reply"
+    if status in (408, 409, 425, 429) or status>=500:
+        raise Passing(f'HTTP {status}: {_server_words(data)}', _wished_wait(headers))
+    if status>=300: raise Declined(status, _server_words(data))
+    try: found = json.loads(data)
+    except ValueError: raise Passing(f'HTTP {status} with a body that is not JSON: {data[:60]!r}') from None
+    try: return read(found)
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError):
+        raise Passing(f'HTTP {status} with a body that is not what was asked for: {shorten(found)}') from None
+
+def _patiently(attempt, tries, pause):
+    "Call `attempt` until it succeeds, at most `tries` times, waiting longer each time"
+    from tenacity import Retrying, retry_if_exception_type, wait_random_exponential
+    slower = wait_random_exponential(multiplier=pause, max=30)
+    def enough(state): return state.attempt_number>=(min(2, tries) if state.outcome.exception().kind=='late' else tries)
+    def wait(state):
+        wished = state.outcome.exception().wait
+        return slower(state)+pause/2 if wished is None else wished+random.random()*pause
+    return Retrying(retry=retry_if_exception_type(Passing), stop=enough, wait=wait, reraise=True)(attempt)
+
+# %% ../nbs/06b_server.ipynb #7d5fe70f
 class Server:
     "A chat server of either dialect; asks again on passing trouble"
     def __init__(self,
@@ -161,7 +194,8 @@ class Server:
         self.place, self.model, self.extra = read_url(url, api), model, extra or {}
         self.deadline, self.tries, self.pause = deadline, tries, pause
         self.drop, self.rename = (), {} # fields of a request that this server wants left out, or called otherwise
-        self.client = httpx.Client(headers=self._headers(key), transport=transport, timeout=httpx.Timeout(timeout, connect=5.))
+        self.client = httpx.Client(headers=self._headers(key), transport=transport,
+                                   timeout=httpx.Timeout(timeout, connect=5.))
 
     def _headers(self, key):
         safe = self.place.local or self.place.base.startswith('https:')
@@ -172,25 +206,14 @@ class Server:
 
     def _once(self, path, body, read):
         "One attempt: what `read` finds in the body of the reply"
-        started, data = time.monotonic(), bytearray()
+        started, method = time.monotonic(), 'GET' if body is None else 'POST'
         try:
-            with self.client.stream('GET' if body is None else 'POST', self.place.at(path), json=body) as reply:
-                for piece in reply.iter_bytes():
-                    data += piece
-                    if time.monotonic()-started>self.deadline: raise Passing(f'no whole reply within {self.deadline:g} s', kind='late')
-                    if len(data)>20_000_000: raise Passing('the reply does not end')
+            with self.client.stream(method, self.place.at(path), json=body) as reply:
+                data = _whole_body(reply, self.deadline, started)
         except httpx.HTTPError as e:
             kind = 'down' if isinstance(e, httpx.ConnectError) else 'late' if isinstance(e, httpx.ReadTimeout) else ''
             raise Passing(f'{type(e).__name__}: {e}'.strip(': '), kind=kind) from None
-        status = reply.status_code
-        if status in (408, 409, 425, 429) or status>=500:
-            raise Passing(f'HTTP {status}: {_server_words(data)}', _wished_wait(reply.headers))
-        if status>=300: raise Declined(status, _server_words(data))
-        try: found = json.loads(bytes(data))
-        except ValueError: raise Passing(f'HTTP {status} with a body that is not JSON: {bytes(data[:60])!r}') from None
-        try: return read(found)
-        except (KeyError, TypeError, IndexError, AttributeError, ValueError):
-            raise Passing(f'HTTP {status} with a body that is not what was asked for: {shorten(found)}') from None
+        return _wanted(reply.status_code, reply.headers, data, read)
 
     def send(self,
         path:str, # Service, such as 'chat/completions'
@@ -199,16 +222,7 @@ class Server:
         tries:int|None=None, # Attempts, if not the usual number
     ): # What `read` gave
         "Ask until there is an answer, raising `Passing` or `Declined` when there is none"
-        from tenacity import Retrying, retry_if_exception_type, wait_random_exponential
-        slower = wait_random_exponential(multiplier=self.pause, max=30)
-        def pause(state):
-            wished = state.outcome.exception().wait
-            return slower(state)+self.pause/2 if wished is None else wished+random.random()*self.pause
-        def enough(state):
-            late = getattr(state.outcome.exception(), 'kind', '')=='late'
-            return state.attempt_number>=(min(2, tries or self.tries) if late else tries or self.tries)
-        again = Retrying(retry=retry_if_exception_type(Passing), stop=enough, wait=pause, reraise=True)
-        return again(self._once, path, body, read)
+        return _patiently(lambda: self._once(path, body, read), tries or self.tries, self.pause)
 
     def chat(self,
         prompt, # The user message, or a list of messages
@@ -225,7 +239,8 @@ class Server:
     def models(self)->list: # Names; [] if the server does not list them
         "The models a server has, raising `Passing` if nobody is there"
         try:
-            if self.place.api=='ollama': return self.send('api/tags', None, lambda data: [m['name'] for m in data['models']], 1)
+            if self.place.api=='ollama':
+                return self.send('api/tags', None, lambda data: [m['name'] for m in data['models']], 1)
             return self.send('models', None, lambda data: [m['id'] for m in data['data']], 1)
         except (Passing, Declined) as e:
             if getattr(e, 'kind', '')=='down': raise
@@ -235,16 +250,17 @@ class Server:
         "End all connections, those under way too"
         self.client.close()
 
-# %% ../nbs/06b_server.ipynb #f1a17b2c
+# %% ../nbs/06b_server.ipynb #371c2b52
 _FIELDS = {'temperature': None, 'seed': None, 'think': None, 'max_tokens': 'max_completion_tokens'}
 
 def _unreachable(server, why):
     start = 'ollama serve' if server.place.api=='ollama' else 'transformers serve MODEL_FOLDER --port 8000'
-    return InputError(f"server {server.place.base}: no answer ({why}); is it running? It is started, for example, by: {start}")
+    return InputError(f"server {server.place.base}: no answer ({why}); is it running? Start it, perhaps by: {start}")
 
 def _declined(server, e, names):
     if e.status in (401, 403):
-        return InputError(f"server {server.place.base}: the key was refused ({e}); set SFT_NB_JUDGE_KEY or OPENAI_API_KEY")
+        hint = 'set SFT_NB_JUDGE_KEY to the right one'
+        return InputError(f"server {server.place.base}: the key was refused ({e}); {hint}")
     hint = f"it has {', '.join(names[:8])}" if names else "check the model's name and the address"
     return InputError(f"server {server.place.base}: declined a request for model {server.model!r} ({e}); {hint}")
 
@@ -256,7 +272,8 @@ def name_model(
     except Passing as e: raise _unreachable(server, e) from None
     if not server.model:
         if len(names)!=1:
-            raise InputError(f"server {server.place.base}: which model? It lists {', '.join(names[:8]) or 'none'}; name one")
+            listed = ', '.join(names[:8]) or 'none'
+            raise InputError(f"server {server.place.base}: which model? It lists {listed}; name one")
         server.model = names[0]
     return names
 
@@ -269,13 +286,13 @@ def first_reply(
         try: return server.chat('Reply with the number 4 alone.', 16)
         except Passing as e: raise _unreachable(server, e) from None
         except Declined as e:
-            hit = [f for f in _FIELDS if re.search(rf'\b{f}\b', e.what) and f not in server.drop and f not in server.rename]
+            hit = [f for f in _FIELDS if re.search(rf'\b{f}\b', e.what) and f not in (*server.drop, *server.rename)]
             if e.status not in (400, 422) or not hit: raise _declined(server, e, names) from None
             if _FIELDS[hit[-1]]: server.rename[hit[-1]] = _FIELDS[hit[-1]]
             else: server.drop += (hit[-1],)
     raise InputError(f"server {server.place.base}: declines every request for model {server.model!r}; check its name")
 
-# %% ../nbs/06b_server.ipynb #09abd8d3
+# %% ../nbs/06b_server.ipynb #42b0f8b9
 def record_turns(
     record, # A `Record`
 )->list: # Messages for a chat server
@@ -292,12 +309,13 @@ def server_answers(
     "Let a server answer; trouble that lasts ends the run with `InputError`"
     def one(record):
         said = server.chat(record_turns(record), max_new)
-        return SimpleNamespace(text=said.text, finish=said.finish or 'unknown', n_prompt=said.n_prompt, n_new=said.n_new)
+        return SimpleNamespace(text=said.text, finish=said.finish, n_prompt=said.n_prompt, n_new=said.n_new)
 
     def answer(records):
         with ThreadPoolExecutor(workers or (1 if server.place.local else 8)) as pool:
             try: return list(pool.map(one, records))
             except (Passing, Declined) as e:
                 pool.shutdown(cancel_futures=True)
-                raise InputError(f"server {server.place.base}: stopped answering ({e}); the answers so far are kept, so the same command goes on from there") from None
+                raise InputError(f"server {server.place.base}: stopped answering ({e}); "
+                                 "what it has answered is kept, so the same command goes on from there") from None
     return answer

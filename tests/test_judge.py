@@ -279,17 +279,19 @@ def free_port():
         return s.getsockname()[1]
 
 
-def start(command, port, health, env=None):
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | (env or {}))
+def start(command, port, health, folder, env=None):
+    "A server process; its words go to a file, since a pipe that nobody reads would fill and stop it"
+    log = folder/'server.log'
+    server = subprocess.Popen(command, stdout=log.open('wb'), stderr=subprocess.STDOUT, env=os.environ | (env or {}))
     import httpx
     for _ in range(240):
-        if server.poll() is not None: pytest.fail(server.stdout.read()[-3000:])
+        if server.poll() is not None: pytest.fail(log.read_text()[-3000:])
         try:
             if httpx.get(f'http://127.0.0.1:{port}{health}', timeout=2).status_code == 200: return server
         except httpx.HTTPError: pass
         time.sleep(0.5)
     server.kill()
-    pytest.fail('the server did not come up')
+    pytest.fail(f'the server did not come up\n{log.read_text()[-3000:]}')
 
 
 def real_file(folder, n=10):
@@ -308,7 +310,7 @@ def test_transformers_serve_judges_and_fails_the_exam(tmp_path):
     port, path = free_port(), real_file(tmp_path)
     command = [str(Path(sys.executable).parent/'transformers'), 'serve', str(tmp_path/'dense'), '--host', '127.0.0.1', '--port', str(port),
                '--device', 'cpu', '--dtype', 'float32']
-    server = start(command, port, '/health', {'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '2'})
+    server = start(command, port, '/health', tmp_path, {'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '2'})
     try:
         url, name = f'http://127.0.0.1:{port}', str(tmp_path/'dense')
         judged = judge_file(path, url, name, exam=10)
@@ -338,7 +340,7 @@ def test_llama_cpp_gives_logprobs_and_json(tmp_path):
     gguf = next((Path(os.environ.get('SFT_NB_CACHE') or Path.home()/'.cache/sft_nb')).rglob('*.gguf'))
     port, path = free_port(), real_file(tmp_path)
     server = start([python, '-m', 'llama_cpp.server', '--model', str(gguf), '--model_alias', 'smollm2', '--host', '127.0.0.1', '--port', str(port),
-                    '--n_ctx', '2048', '--n_threads', '2', '--logits_all', 'true'], port, '/v1/models')
+                    '--n_ctx', '2048', '--n_threads', '2', '--logits_all', 'true'], port, '/v1/models', tmp_path)
     try:
         url = f'http://127.0.0.1:{port}/v1'
         judged = judge_file(path, url, way='json', exam=10)
