@@ -10,10 +10,12 @@ import torch
 import transformers
 from torch.testing import assert_close
 
+from sft_nb import gguf_file as GF
 from sft_nb import model as M
 from sft_nb.collate import collate_examples, collate_prompts
 from sft_nb.data import InputError
 from sft_nb.dataset import Example
+from sft_nb.families import READERS
 from sft_nb.decoder import Decoder, KVCache, ModelConfig, Shortcuts, batch_loss, compare_with_naive, gradients_of
 
 transformers.logging.set_verbosity_error()
@@ -65,7 +67,7 @@ def random_config(family, rng):
         rope_parameters=dict(full_attention=dict(rope_type='linear', factor=8., rope_theta=1e6), sliding_attention=dict(rope_type='default', rope_theta=1e4)))
 
 
-FAMILIES = list(M.READERS)
+FAMILIES = list(READERS)
 
 def random_model(family, seed):
     "A random small `transformers` model in float32 whose biases and norms are random as well"
@@ -412,7 +414,7 @@ def gguf_model(family, **change):
     return hf
 
 
-@pytest.mark.parametrize('family', M.GGUF_KINDS)
+@pytest.mark.parametrize('family', GF.GGUF_KINDS)
 def test_gguf_family(family, tmp_path):
     hf = gguf_model(family)
     write_gguf(tmp_path/'m.gguf', hf)
@@ -529,11 +531,11 @@ def test_cuts_equal_transformers():
     "The other ways to cut text, against the tokenizers that transformers builds for these families"
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     vocab = M.fetch_default_model()
-    get, _ = M.open_gguf(vocab)
+    get, _ = GF.open_gguf(vocab)
     ours, theirs = {}, {}
     for cut in ('llama-bpe', 'qwen2', 'gpt-2'):
         settings = lambda key, cut=cut: cut if key=='pre' else get(f'tokenizer.ggml.{key}')
-        ours[cut] = M._byte_bpe(settings, 'x')
+        ours[cut] = GF.byte_bpe(settings, 'x')
     pairs = {t: i for i,t in enumerate(get('tokenizer.ggml.tokens'))}, [tuple(m.split(' ')) for m in get('tokenizer.ggml.merges')]
     theirs['qwen2'] = transformers.Qwen2Tokenizer(vocab=pairs[0], merges=pairs[1]).backend_tokenizer
     theirs['gpt-2'] = transformers.GPT2Tokenizer(vocab=pairs[0], merges=pairs[1]).backend_tokenizer
