@@ -1,6 +1,7 @@
 "Several processes train what one process trains; one that dies leaves a run that can be resumed by any number."
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ def run(folder, n=1, settings='{}', *more, ok=True):
         raise
     assert (p.returncode == 0) == ok, out + err[-3000:]
     if not ok: return
-    said = dict(line.split(': ') for line in out.splitlines() if line.startswith('process'))
+    said = dict(re.findall(r'process (\d+): ([0-9a-f]+)', out)) # two processes may write into one line
     assert len(said) == n and len(set(said.values())) == 1, said
     return torch.load(folder/'weights.pt'), json.loads((folder/'losses.json').read_text())
 
