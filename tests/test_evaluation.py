@@ -102,6 +102,19 @@ def test_killed_runs_answer_every_row_once(tmp_path):
     assert load_meta(path)['settings'] == {'model': 'm'} and len(load_meta(path)['rows']) == 120
 
 
+def test_a_torn_line_is_cut_off_before_the_next_is_added(tmp_path):
+    "A kill inside a write leaves half a line; the answers after it must not be glued to it"
+    part = tmp_path/'r.partial.jsonl'
+    def stop_after_two(batch):
+        if len(part.read_bytes().splitlines()) > 2: raise KeyboardInterrupt
+        return [r.output for r in batch]
+    for torn in (b'{"id": "to', b'{', b'"'):
+        with pytest.raises(KeyboardInterrupt): answer_file(tmp_path/'r.json', records(5), stop_after_two, {}, batch_size=1)
+        part.write_bytes(part.read_bytes()+torn)
+    rows = answer_file(tmp_path/'r.json', records(5), lambda batch: [r.output for r in batch], {}, batch_size=1)
+    assert [r['model_response'] for r in rows] == [r['output'] for r in records(5)]
+
+
 def test_two_runs_cannot_write_the_same_file(tmp_path):
     def answer(batch):
         with pytest.raises(InputError, match='another run is writing to it'): answer_file(tmp_path/'r.json', records(2), None, {})
@@ -204,6 +217,15 @@ def test_grouped_rows_give_wider_intervals():
     wide, narrow, right = mean_interval(x, groups), mean_interval(x), mean_interval(each)
     assert wide.high-wide.low > 1.8*(narrow.high-narrow.low)
     assert wide.high-wide.low == pytest.approx(right.high-right.low, rel=0.15)
+
+
+def test_rows_that_ask_the_same_thing_are_compared_together():
+    rng = np.random.default_rng(7)
+    gain, groups = np.repeat(rng.normal(3, 20, 30), 6), tuple(np.repeat(np.arange(30), 6))
+    alone = compare_scores(scores(np.full(180, 50.)), scores(50+gain))
+    together = compare_scores(scores(np.full(180, 50.), groups=groups), scores(50+gain, groups=groups))
+    assert together.diff.high-together.diff.low > 2*(alone.diff.high-alone.diff.low)
+    assert together.p > alone.p and together.visible > 2*alone.visible
 
 
 def test_identical_files_are_the_same_and_a_planted_shift_is_found():

@@ -1,4 +1,5 @@
 "The judge against a scripted server on loopback: storms, cut replies, garbage, injection, kills of either side; and real servers (slow)."
+import hashlib
 import json
 import math
 import os
@@ -152,6 +153,20 @@ def test_a_quoting_mark_never_occurs_in_the_data():
         block = quote('answer', text)
         mark = block[8:14]
         assert block.count(mark) == 2
+    text = random.Random(0).randbytes(10_000_000).hex()  # so long that it holds the mark it would get
+    assert hashlib.sha256(text.encode()).hexdigest()[:6] in text
+    assert quote('answer', text).count(quote('answer', text)[8:14]) == 2
+
+
+def test_the_last_final_verdict_counts(tmp_path):
+    from sft_nb.verdicts import Ledger
+    ledger = Ledger(tmp_path/'j.jsonl')
+    for status in ('error', 'unreadable', 'error'): ledger.add({'key': 'k', 'status': status})
+    ledger.close()
+    assert Ledger(tmp_path/'j.jsonl').last['k']['status'] == ledger.last['k']['status'] == 'unreadable'
+    ledger.add({'key': 'k', 'status': 'ok'})
+    ledger.close()
+    assert Ledger(tmp_path/'j.jsonl').last['k'] == {'key': 'k', 'status': 'ok', 'attempt': 4}
 
 
 @pytest.mark.parametrize('text', ['', ' ', '\u200b', '5'*4000, '{'*3000, '{"level": ', '[]', '{"level": null}', '{"level": [4]}', '{"score": "high"}',
@@ -310,7 +325,7 @@ def test_transformers_serve_judges_and_fails_the_exam(tmp_path):
     port, path = free_port(), real_file(tmp_path)
     command = [str(Path(sys.executable).parent/'transformers'), 'serve', str(tmp_path/'dense'), '--host', '127.0.0.1', '--port', str(port),
                '--device', 'cpu', '--dtype', 'float32']
-    server = start(command, port, '/health', tmp_path, {'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '2'})
+    server = start(command, port, '/health', tmp_path, {'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1'})
     try:
         url, name = f'http://127.0.0.1:{port}', str(tmp_path/'dense')
         judged = judge_file(path, url, name, exam=10)
@@ -340,7 +355,7 @@ def test_llama_cpp_gives_logprobs_and_json(tmp_path):
     gguf = next((Path(os.environ.get('SFT_NB_CACHE') or Path.home()/'.cache/sft_nb')).rglob('*.gguf'))
     port, path = free_port(), real_file(tmp_path)
     server = start([python, '-m', 'llama_cpp.server', '--model', str(gguf), '--model_alias', 'smollm2', '--host', '127.0.0.1', '--port', str(port),
-                    '--n_ctx', '2048', '--n_threads', '2', '--logits_all', 'true'], port, '/v1/models', tmp_path)
+                    '--n_ctx', '2048', '--n_threads', '1', '--logits_all', 'true'], port, '/v1/models', tmp_path)
     try:
         url = f'http://127.0.0.1:{port}/v1'
         judged = judge_file(path, url, way='json', exam=10)
