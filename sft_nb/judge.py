@@ -385,7 +385,7 @@ def open_judge(
     if judge.server.place.api!='ollama': return judge
     return replace(judge, context=room_for(prompts(judge), judge.max_new))
 
-# %% ../nbs/06d_judge.ipynb #556ebc19
+# %% ../nbs/06d_judge.ipynb #9fc174a7
 def judge_file(
     path, # A responses file
     url:str, # Address of the server
@@ -418,13 +418,14 @@ def judge_pair_files(
     way:str|None=None, # As for `judge_file`
     out=None, # File of judgments; None: `judgments.jsonl` beside `after`
     workers:int|None=None, # Questions under way at a time
+    retry_failed:bool=False, # Ask again what could not be read?
     **server, # `key`, `api`, `timeout`, `extra` ... of `Server`
 )->Paired: # Preferences in both orders
     "Ask a judge which of two files answers better, row by row in both orders"
     old, new = load_responses(before), load_responses(after)
     judge = open_judge(lambda j: [q.prompt for q in pair_questions(j, old, new)], url, model, 'pairs', way, **server)
     ledger = Ledger(out or Path(after).with_name('judgments.jsonl'))
-    try: return judge_pairs(judge, old, new, ledger, workers=workers)
+    try: return judge_pairs(judge, old, new, ledger, workers=workers, retry_failed=retry_failed)
     finally:
         ledger.close()
         judge.server.close()

@@ -20,7 +20,7 @@ from sft_nb.comparison import Interval, _level, agree, auc, compare_scores, mean
 from sft_nb.data import InputError
 from sft_nb.evaluation import (METRICS, Scores, answer_file, exact_loose, load_embedder, load_meta, load_responses, numbers_in, novel_recall,
                                response_rows, row_ids, save_responses, score_responses, words)
-from sft_nb.report import md_cell, report_data, report_html, report_markdown, write_report
+from sft_nb.report import md_cell, md_table, report_data, report_html, visible, write_report
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -327,6 +327,17 @@ def test_nothing_in_an_answer_becomes_markup(tmp_path):
 def test_markdown_cells_never_break_a_table(text):
     cell = md_cell(text)
     assert '\n' not in cell and '|' not in cell and '<' not in cell.replace('<br>', '')
+
+
+@given(st.one_of(st.text(), st.sampled_from(NASTY), st.text(alphabet='|\\\\`*_[]()<>#~$&!:/ab1.-')))
+@settings(max_examples=300, deadline=None)
+def test_markdown_cells_show_the_text_and_nothing_else(text):
+    "Rendered by a Markdown library, a cell is one cell that reads like the text"
+    render = pytest.importorskip('markdown_it').MarkdownIt('commonmark').enable('table').render
+    seen = Tags()
+    seen.feed(render(md_table(['a', 'b'], [[md_cell(text, 10_000), 'end']])))
+    assert [t for t in seen.tags if t != 'br'] == ['table', 'thead', 'tr', 'th', 'th', 'tbody', 'tr', 'td', 'td']
+    assert ''.join(''.join(seen.text).split()) == 'ab'+''.join(visible(text).split())+'end'
 
 
 def test_report_stands_alone(tmp_path):
