@@ -9,7 +9,7 @@ __all__ = ['SCHEDULES', 'micro_batches', 'accumulate', 'World', 'processes', 'va
            'store', 'fetch', 'elapsed', 'resume', 'go', 'block_options', 'train', 'plot_losses', 'sample_answers',
            'live_plot', 'tensorboard', 'weights_and_biases']
 
-# %% ../nbs/05_training.ipynb #58b716c5
+# %% ../nbs/05_training.ipynb #0b056d3f
 import hashlib, json, math, os, sys, time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from .data import InputError, save_json, write_atomic
 from .collate import batch_order, lay_flat
 from .model import batch_loss
-from .optimizer import FlatAdamW, choose_dtype
+from .optimizer import FlatAdamW, choose_dtype, keep_memory
 from .checkpoints import differences, newest_checkpoint, read_tensors, save_checkpoint, stop_signals
 
 # %% ../nbs/05_training.ipynb #5889475d
@@ -139,7 +139,7 @@ def validate(
     if not count: raise InputError(f"validation: no target in {len(rows)} rows; check loss_on and the length limit")
     return total/count
 
-# %% ../nbs/05_training.ipynb #3d284830
+# %% ../nbs/05_training.ipynb #52b4c7b5
 SCHEDULES = ('cosine', 'linear', 'wsd', 'constant')
 
 @dataclass(frozen=True)
@@ -553,7 +553,7 @@ def block_options(model, cfg):
         model.shortcuts = cuts
         for b in model.blocks: b._compiled_call_impl = None
 
-# %% ../nbs/05_training.ipynb #2f596613
+# %% ../nbs/05_training.ipynb #4d5e21df
 def train(
     model, # A `Decoder`, changed in place; only parameters with `requires_grad` are trained
     train_rows, # `Example`s to learn from
@@ -568,6 +568,7 @@ def train(
     "Train `model` on `train_rows` as `cfg` says; afterwards it holds float32 weights, the masters of the training (its part, if sharded)"
     if not len(train_rows): raise InputError("train: no training rows; check the data and the split")
     if resume and out is None: raise InputError("train: resume needs the run's folder, got out=None; name it")
+    keep_memory()
     with processes() as world:
         run = Run(model, train_rows, val_rows, cfg, out, hooks, say, world)
         if not (resume and run.resume()): _start(run, resume)

@@ -17,6 +17,7 @@ import torch
 from sft_nb import checkpoints
 from sft_nb.data import InputError
 from sft_nb.dataset import Example
+from sft_nb.lora import LoraConfig, add_lora
 from sft_nb.model import Decoder, ModelConfig
 from sft_nb.training import TrainConfig, accumulate, load_log, micro_batches, train, validate
 
@@ -124,6 +125,9 @@ def only_mlp(model):
     for n,p in model.named_parameters(): p.requires_grad_('down' in n)
 
 
+def adapters(model): add_lora(model, LoraConfig(rank=2, dropout=.2))
+
+
 def unbroken(cfg, prepare=None):
     model = tiny()
     if prepare: prepare(model)
@@ -146,7 +150,8 @@ def kill_often(folder, n_kills, seed, cfg, prepare=None):
     return (folder/'done').read_text(), [(s.step, s.loss) for s in log.steps], [(v.step, v.loss) for v in log.vals], kills, torn
 
 
-@pytest.mark.parametrize('dtype,prepare', [('float32', None), ('bfloat16', None), ('float32', only_mlp)], ids=['float32', 'bfloat16', 'part_of_the_weights'])
+@pytest.mark.parametrize('dtype,prepare', [('float32', None), ('bfloat16', None), ('float32', only_mlp), ('bfloat16', adapters)],
+    ids=['float32', 'bfloat16', 'part_of_the_weights', 'lora_with_dropout'])
 def test_killed_and_resumed_is_never_stopped(tmp_path, dtype, prepare):
     cfg = replace(CFG, dtype=dtype)
     *got, kills, torn = kill_often(tmp_path/'run', 6, 1, cfg, prepare)
