@@ -53,7 +53,7 @@ def jsonable(
     if isinstance(value, (float, np.floating)): return float(value) if math.isfinite(value) else None
     return value.item() if isinstance(value, np.generic) else value
 
-# %% ../nbs/06e_report.ipynb #21c074e8
+# %% ../nbs/06e_report.ipynb #1f01a850
 def _facts(compared):
     "A comparison without its rows"
     return {k: v for k,v in asdict(compared).items() if k not in ('ids', 'diffs')} | {'verdict': compared.verdict}
@@ -63,9 +63,19 @@ def _metric(name, after, before):
     i = score_interval(after, name)
     shared = dict(after=i.mean, interval=[i.low, i.high], n=i.n, blind=METRICS[name][1],
                   made_of=after.made_of.get(name, ''))
-    if before is None or i.n==0: return shared
-    try: return shared | _facts(compare_scores(before, after, name))
-    except InputError: return shared # no row has this score in both files
+    return shared if before is None else shared | _facts(compare_scores(before, after, name))
+
+def _metrics(after, before):
+    "Every metric that applies to at least one row"
+    if np.isnan(after.values[after.primary]).all():
+        raise InputError("report: no row has a reference to compare with; the records need an 'output'")
+    found = {}
+    for name, values in after.values.items():
+        if np.isnan(values).all(): continue
+        try: found[name] = _metric(name, after, before)
+        except InputError: # no row has this score in both files
+            if name==after.primary: raise
+    return found
 
 def _kinds(after, before):
     "The headline for each kind of task"
@@ -116,7 +126,7 @@ def _judge_data(judge, after):
     agreement = _agreement(after.values[after.primary], _in_order(judged, after.ids))
     return data | ({'agreement': agreement} if agreement else {})
 
-# %% ../nbs/06e_report.ipynb #b8d45ea7
+# %% ../nbs/06e_report.ipynb #c03bf523
 def _load(given):
     "Rows and sidecar of a responses file, or of rows in memory"
     if given is None: return None, {}
@@ -141,7 +151,7 @@ def report_data(
     picked = pick_rows(after, before, judge['after'].scores if judge and 'after' in judge else None)
     def spent(meta): return sum(r.get('secs', 0) for r in meta.get('rows', {}).values())
     data = dict(schema=1, n=len(tuned), primary=after.primary, config=config or {}, notes=list(notes),
-                metrics={m: _metric(m, after, before) for m in after.values}, kinds=_kinds(after, before),
+                metrics=_metrics(after, before), kinds=_kinds(after, before),
                 health={'after': asdict(response_health(tuned, tuned_meta))},
                 val_before=val_before, val_after=val_after,
                 rows={name: [_row(i, new, old, after, before) for i in ids] for name,ids in picked.items()},
@@ -187,7 +197,7 @@ def plot_pairs(
     ax.scatter(*pairs.T, s=12, color=AFTER, alpha=.5, linewidths=0)
     return fig
 
-# %% ../nbs/06e_report.ipynb #285c62fa
+# %% ../nbs/06e_report.ipynb #734936e0
 def plot_lengths(
     after, # `Scores` of a model
 ): # A figure
@@ -195,6 +205,7 @@ def plot_lengths(
     fig, ax = _axes('length of the answer, words', after.primary.replace('_', ' '))
     ax.scatter(after.n_words, after.values[after.primary], s=12, color=AFTER, alpha=.5, linewidths=0)
     ax.set_xscale('symlog')
+    ax.xaxis.set_major_formatter('{x:.0f}')
     return fig
 
 def plot_judged(
@@ -275,7 +286,7 @@ def md_table(
     "A table of ready-made cells"
     return '\n'.join('| '+' | '.join(map(str, line))+' |' for line in [heads, ['---']*len(heads), *rows])
 
-# %% ../nbs/06e_report.ipynb #7888c433
+# %% ../nbs/06e_report.ipynb #5132cc14
 def _num(value, form='.1f'):
     return '–' if value is None or not math.isfinite(value) else format(value, form)
 
@@ -290,7 +301,6 @@ def metric_table(
     for name, m in data['metrics'].items():
         label = name+(' (headline)' if name==data['primary'] else '')
         if not two: lines.append([label, f"{_num(m['after'])} {_range(m['interval'])}", m['n'], m['blind']])
-        elif 'diff' not in m: lines.append([label, '–', _num(m['after']), '–', '–', '–', m['n'], m['blind']])
         else:
             d = m['diff']
             change = f"{_num(d['mean'], '+.1f')} {_range((d['low'], d['high']), '+.1f')}"
