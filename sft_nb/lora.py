@@ -52,7 +52,7 @@ class _LowRank(torch.autograd.Function):
         dz *= ctx.scale
         return g, dz @ A if ctx.needs_input_grad[1] else None, dz.T @ x, dB*ctx.scale, None, None
 
-# %% ../nbs/04a_lora.ipynb #52d8cbcf
+# %% ../nbs/04a_lora.ipynb #adb2b3bb
 @dataclass(frozen=True)
 class LoraConfig:
     "Size and place of the adapters; raises `InputError` for values that make no sense"
@@ -64,7 +64,8 @@ class LoraConfig:
 
     def __post_init__(self):
         for name,good,want in (('rank', self.rank>=1 and self.rank==int(self.rank), 'a whole number above 0'),
-                               ('alpha', self.alpha>0, 'a number above 0'), ('dropout', 0<=self.dropout<1, 'a share in [0, 1)')):
+                               ('alpha', self.alpha>0, 'a number above 0'),
+                               ('dropout', 0<=self.dropout<1, 'a share in [0, 1)')):
             if not good: raise InputError(f"LoRA: {name} is out of range, got {getattr(self, name)}; give {want}")
 
     @property
@@ -172,13 +173,14 @@ def remove_lora(
     for m in adapted(model): _detach(m)
     return model
 
-# %% ../nbs/04a_lora.ipynb #6442ba61
+# %% ../nbs/04a_lora.ipynb #2232eaa3
 @dataclass(frozen=True)
 class Share:
     "How much of a model can be trained"
     n_trainable:int
     n_all:int
-    def __str__(self): return f"{self.n_trainable:,} of {self.n_all:,} weights can be trained ({self.n_trainable/self.n_all:.2%})"
+    def __str__(self):
+        return f"{self.n_trainable:,} of {self.n_all:,} weights can be trained ({self.n_trainable/self.n_all:.2%})"
 
 
 def trainable_share(
@@ -188,7 +190,7 @@ def trainable_share(
     n = lambda some: sum(p.numel() for p in some)
     return Share(n(p for p in model.parameters() if p.requires_grad), n(model.parameters()))
 
-# %% ../nbs/04a_lora.ipynb #e6dcef96
+# %% ../nbs/04a_lora.ipynb #3e06372d
 @torch.no_grad()
 def merge_lora(
     model:Decoder, # Changed in place: adapters are added to the weights and taken off
@@ -197,9 +199,10 @@ def merge_lora(
     "Merge the adapters into the weights, raising `InputError` if the weights are 4-bit"
     for m in adapted(model):
         if type(m.weight.data) is not Tensor:
-            raise InputError("LoRA: 4-bit weights cannot take an adapter in; load the model in bfloat16, load_adapter, and merge that")
+            raise InputError("LoRA: 4-bit weights cannot take an adapter in; load model and adapter in bfloat16, and merge")
     if ids_BT is None:
-        ids_BT = torch.randint(model.cfg.vocab_size, (2, min(32, model.cfg.max_length)), generator=torch.Generator().manual_seed(0))
+        chance = torch.Generator().manual_seed(0)
+        ids_BT = torch.randint(model.cfg.vocab_size, (2, min(32, model.cfg.max_length)), generator=chance)
     ids_BT,training = ids_BT.to(model.head_weight.device),model.training
     before = model.eval()(ids_BT)
     for m in adapted(model):
@@ -224,7 +227,7 @@ def adapter_tensors(
             out |= {key+'A.weight': A.contiguous(), key+'B.weight': B.contiguous()}
     return out
 
-# %% ../nbs/04a_lora.ipynb #0e031e62
+# %% ../nbs/04a_lora.ipynb #147f00f9
 def save_adapter(
     folder, # Folder to write; must be new or empty
     model:Decoder, # With adapters
@@ -233,14 +236,14 @@ def save_adapter(
 )->Path: # `folder`
     "Write the adapters for `load_adapter` and for `peft`: whole, or not at all"
     maps,folder = adapted(model),Path(folder)
-    if not maps: raise InputError("save_adapter: the model has no adapters, got a plain one; add_lora first, or use save_model")
+    if not maps: raise InputError("save_adapter: the model has no adapters, got a plain one; use save_model")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder}: exists and is not empty; choose another folder or remove it")
     cfg,tensors = maps[0].adapter.cfg,adapter_tensors(model)
     targets = sorted({_short(k.split('.lora_')[0]) for k in tensors})
-    settings = dict(peft_type='LORA', task_type='CAUSAL_LM', base_model_name_or_path=base, r=cfg.rank, lora_alpha=cfg.alpha,
-                    lora_dropout=cfg.dropout, target_modules=targets, bias='none', fan_in_fan_out=model.cfg.family=='gpt2',
-                    use_rslora=cfg.root_scale, init_lora_weights=True, inference_mode=True)
+    settings = dict(peft_type='LORA', task_type='CAUSAL_LM', base_model_name_or_path=base, target_modules=targets,
+                    r=cfg.rank, lora_alpha=cfg.alpha, lora_dropout=cfg.dropout, use_rslora=cfg.root_scale, bias='none',
+                    fan_in_fan_out=model.cfg.family=='gpt2', init_lora_weights=True, inference_mode=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f'.{folder.name}.', dir=folder.parent))
     try:
@@ -258,8 +261,9 @@ def _short(name):
     "The last two words of a linear map's name: enough to tell GPT-2's two `c_proj` apart"
     return '.'.join(name.split('.')[-2:])
 
-# %% ../nbs/04a_lora.ipynb #9f30916e
-PEFT_REFUSED = 'use_dora rank_pattern alpha_pattern modules_to_save trainable_token_indices layer_replication lora_bias use_qalora'.split()
+# %% ../nbs/04a_lora.ipynb #6d0be6a6
+PEFT_REFUSED = ('use_dora', 'rank_pattern', 'alpha_pattern', 'modules_to_save', 'trainable_token_indices',
+                'layer_replication', 'lora_bias', 'use_qalora')
 
 def read_adapter_config(
     folder:Path, # Folder with an adapter
@@ -268,27 +272,33 @@ def read_adapter_config(
     path = Path(folder)/'adapter_config.json'
     if not path.is_file(): raise FileNotFoundError(f"{path}: not found; give a folder that save_adapter or peft wrote")
     got = load_json(path)
-    if got.get('peft_type')!='LORA': raise InputError(f"{path}: peft_type is {got.get('peft_type')!r}; only 'LORA' can be read")
+    if got.get('peft_type')!='LORA':
+        raise InputError(f"{path}: peft_type is not 'LORA', got {got.get('peft_type')!r}; merge the adapter with peft")
     odd = [k for k in PEFT_REFUSED if got.get(k)] + (['bias'] if got.get('bias', 'none')!='none' else [])
-    if odd: raise InputError(f"{path}: {odd[0]} is {got[odd[0]]!r}, which sft_nb does not compute; merge the adapter with peft and load the model")
-    return LoraConfig(got['r'], float(got['lora_alpha']), got.get('lora_dropout') or 0., 'all', bool(got.get('use_rslora')))
+    if odd:
+        raise InputError(f"{path}: sft_nb does not compute {odd[0]}, got {got[odd[0]]!r}; merge the adapter with peft "
+                         "and load the model")
+    dropout,root_scale = got.get('lora_dropout') or 0.,bool(got.get('use_rslora'))
+    return LoraConfig(got['r'], float(got['lora_alpha']), dropout, 'all', root_scale)
 
-# %% ../nbs/04a_lora.ipynb #a8491ea0
+# %% ../nbs/04a_lora.ipynb #7b471df6
 def read_adapter_tensors(
     path:Path, # adapter_model.safetensors
 )->dict: # Name of a linear map -> its A and B
     "Read an adapter's tensors, raising `InputError` for names that are no A or B"
     try:
         with safe_open(path, 'pt') as f: tensors = {k: f.get_tensor(k) for k in f.keys()}
-    except (SafetensorError, OSError) as e: raise InputError(f"{path}: cannot be read ({e}); save the adapter again") from None
+    except (SafetensorError, OSError) as e:
+        raise InputError(f"{path}: cannot be read ({e}); save the adapter again") from None
     found = {}
     for k,t in tensors.items():
         name,_,end = k.removeprefix('base_model.model.').partition('.lora_')
-        if end not in ('A.weight', 'B.weight'): raise InputError(f"{path}: {k!r} is no part of a LoRA adapter; save the adapter again")
+        if end not in ('A.weight', 'B.weight'):
+            raise InputError(f"{path}: no A or B of an adapter, got {k!r}; merge it with peft and load the model")
         found.setdefault(name, {})[end[0]] = t
     return found
 
-# %% ../nbs/04a_lora.ipynb #425bae51
+# %% ../nbs/04a_lora.ipynb #be214db6
 def load_adapter(
     folder, # Written by `save_adapter` or by `peft`
     model:Decoder, # The model it was made for; changed in place as by `add_lora`
@@ -297,14 +307,19 @@ def load_adapter(
     "Put saved adapters on a model, raising `InputError` if they were made for another"
     folder = Path(folder)
     cfg,path = read_adapter_config(folder),folder/'adapter_model.safetensors'
-    if not path.is_file(): raise FileNotFoundError(f"{path}: not found; pickled adapters (.bin) are never read, save it as safetensors")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not found; pickled adapters (.bin) are never read, save it as safetensors")
     parts,tensors = linear_parts(model),read_adapter_tensors(path)
     wrong = [n for n in tensors if n not in parts]
-    if wrong: raise InputError(f"{path}: adapts {wrong[0]}, which family {model.cfg.family} with {model.cfg.n_layers} layers has not; load its own model")
+    if wrong:
+        raise InputError(f"{path}: adapts {wrong[0]}, which family {model.cfg.family} with {model.cfg.n_layers} layers "
+                         "has not; load the model the adapter was made for")
     for n,ab in tensors.items():
         m,_,(a,b) = parts[n]
-        want,got = {'A': (cfg.rank, m.in_features), 'B': (b-a, cfg.rank)},{k: tuple(t.shape) for k,t in sorted(ab.items())}
-        if got!=want: raise InputError(f"{path}: A and B of {n} have shapes {got}, wanted {want}; load the model the adapter was made for")
+        got = {k: tuple(t.shape) for k,t in sorted(ab.items())}
+        want = {'A': (cfg.rank, m.in_features), 'B': (b-a, cfg.rank)}
+        if got!=want:
+            raise InputError(f"{path}: {n} wants {want}, got {got}; load the model the adapter was made for")
     add_lora(model, replace(cfg, targets=tuple(tensors)), base_dtype=base_dtype)
     for m in adapted(model):
         names = [n for cut in m.adapter.cuts for n,(other,_,c) in parts.items() if other is m and c==cut]
@@ -312,16 +327,17 @@ def load_adapter(
         m.adapter.B.data.copy_(torch.cat([tensors[n]['B'] for n in names]))
     return model
 
-# %% ../nbs/04a_lora.ipynb #57bc956e
+# %% ../nbs/04a_lora.ipynb #79466b20
 def quantize_base(
     model:Decoder, # Changed in place: linear maps of the blocks are frozen and stored in four bits
     block:int=64, # Weights that share a scale
 )->Decoder: # `model`; add or load adapters next
     "Store the blocks' linear maps as NF4, raising `InputError` where that cannot be done"
     try: from torchao.quantization import to_nf4
-    except ImportError: raise InputError("LoRA: 4-bit weights need the package torchao; install it with pip install torchao") from None
+    except ImportError:
+        raise InputError("LoRA: 4-bit weights need the package torchao; install it with pip install torchao") from None
     for name,m in {name: m for m,name,_ in linear_parts(model).values()}.items():
         n = m.weight.numel()
-        if n%block: raise InputError(f"LoRA: {name} has {n} weights, which blocks of {block} do not divide; choose another block")
+        if n%block: raise InputError(f"LoRA: blocks of {block} do not divide {name}, got {n} weights; choose others")
         m.weight = nn.Parameter(to_nf4(m.weight.detach(), block, math.gcd(n//block, 256)), requires_grad=False)
     return model
