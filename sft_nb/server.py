@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Place', 'read_url', 'Reply', 'read_openai', 'read_ollama', 'chat_body', 'Passing', 'Declined', 'Server', 'name_model',
-           'first_reply', 'record_turns', 'server_answers']
+           'first_reply', 'record_turns', 'server_answers', 'respond_file']
 
-# %% ../nbs/06b_server.ipynb #1be34961
+# %% ../nbs/06b_server.ipynb #6cee7d62
 import json, os, random, re, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -14,9 +14,10 @@ from types import SimpleNamespace
 from urllib.parse import urlsplit, urlunsplit
 
 import httpx
-from .data import InputError, shorten
+from .data import InputError, load_records, shorten
+from .evaluation import answer_file
 
-# %% ../nbs/06b_server.ipynb #10136ff4
+# %% ../nbs/06b_server.ipynb #769f9a63
 @dataclass(frozen=True)
 class Place:
     "The address of a server and the dialect it speaks"
@@ -45,6 +46,8 @@ def read_url(
     except ValueError: parts = parts._replace(netloc='')
     if parts.scheme not in ('http', 'https') or not parts.hostname:
         raise InputError(f"server url: not an address, got {url!r}; write it like http://127.0.0.1:8000/v1")
+    if '@' in parts.netloc:
+        raise InputError("server url: holds a name or password, which would end up in files; set SFT_NB_JUDGE_KEY")
     if api not in (None, 'openai', 'ollama'):
         raise InputError(f"server api: unknown, got {api!r}; choose 'openai' or 'ollama'")
     path = re.sub(r'/(chat/completions|completions|models|api/chat|api/generate|api)?/?$', '', parts.path.rstrip('/'))
@@ -319,3 +322,21 @@ def server_answers(
                 raise InputError(f"server {server.place.base}: stopped answering ({e}); "
                                  "what it has answered is kept, so the same command goes on from there") from None
     return answer
+
+# %% ../nbs/06b_server.ipynb #b8b86ddb
+def respond_file(
+    data, # File of records to answer, in any format of `sft_nb.data`
+    out, # Responses file to make
+    url:str, # Address of the server
+    model:str='', # Name of the model; '' if the server has exactly one
+    max_new:int=256, # Longest answer, in tokens
+    workers:int|None=None, # Questions under way at a time; None: 1 on this machine, 8 elsewhere
+    **options, # `key`, `api`, `timeout`, `extra` ... of `Server`
+)->list: # The rows of the finished file
+    "Have a server answer a file of records, going on where an earlier run was stopped"
+    server, records = Server(url, model, **options), load_records(data, need_answer=False)
+    first_reply(server)
+    workers = workers or (1 if server.place.local else 8)
+    settings = dict(model=server.model, url=server.place.base, decoding='greedy', max_new=max_new, extra=server.extra)
+    try: return answer_file(out, records, server_answers(server, max_new, workers), settings, batch_size=4*workers)
+    finally: server.close()
