@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['OPTIONS', 'COMMANDS', 'Stopped', 'new_folder', 'choose_template', 'OneLineParser', 'add_options', 'Job', 'read_data',
            'open_model', 'prepare', 'fit_vocabulary', 'encode_part', 'train_config', 'answer', 'check_job',
-           'train_model', 'train_command', 'run_command', 'print_scores', 'respond_command', 'judge_responses',
-           'judge_command', 'compare_command', 'inspect_command', 'chat_command', 'read_line', 'build_parser', 'main']
+           'train_model', 'train_command', 'run_command', 'print_scores', 'respond_command', 'judge_options',
+           'print_judge', 'judge_command', 'compare_command', 'inspect_command', 'chat_command', 'read_line',
+           'build_parser', 'main']
 
-# %% ../nbs/07_cli.ipynb #a56aba54
-import argparse, os, shutil, sys, time
+# %% ../nbs/07_cli.ipynb #35d461db
+import argparse, shutil, sys, time
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -52,7 +53,7 @@ def choose_template(
                          "leave --template out, or add --force-template")
     return asked
 
-# %% ../nbs/07_cli.ipynb #f938fc80
+# %% ../nbs/07_cli.ipynb #cf6ea046
 OPTIONS = dict(
     data=[
         ('--data', dict(metavar='FILE', help="records: JSON, JSONL, .gz, or - for standard input [the project's own 1,100]")),
@@ -89,7 +90,9 @@ OPTIONS = dict(
     ],
     judge=[
         ('--judge-url', dict(metavar='URL', help='OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1')),
-        ('--judge-model', dict(metavar='NAME', help='model to ask there; the key is read from $SFT_NB_JUDGE_KEY')),
+        ('--judge-model', dict(metavar='NAME', help='model to ask there; the key is read from $SFT_NB_JUDGE_KEY or $OPENAI_API_KEY')),
+        ('--judge-protocol', dict(default='levels', metavar='NAME', help='levels (five, anchored) or book (0 to 100) [levels]')),
+        ('--judge-workers', dict(type=int, metavar='N', help='questions under way at a time [1 on this machine, 8 elsewhere]')),
     ],
 )
 
@@ -265,9 +268,10 @@ def train_command(args):
     train_model(job, check_job(job, args), out, args)
     print(f"model     {out/'model'}")
 
-# %% ../nbs/07_cli.ipynb #2884548e
+# %% ../nbs/07_cli.ipynb #c8f278e2
 def run_command(args):
     "Do all of it: train, answer before and after, score, report"
+    from sft_nb.judge import judge_file
     from sft_nb.report import write_report
     out = new_folder(args.out or Path('runs')/args.name, args.resume)
     cfg = train_config(args)
@@ -279,10 +283,11 @@ def run_command(args):
     log = train_model(job, checked, out, args)
     answer(job, job.split.test, out/'responses.json', args)
     files = dict(before=out/'responses-before.json', after=out/'responses.json')
-    verdicts = {name: judge_responses(file, args) for name, file in files.items()} if args.judge_url else None
+    verdicts = {name: judge_file(file, **judge_options(args)) for name, file in files.items()} if args.judge_url else None
     data = write_report(out, title=f'sft_nb run: {out.name}', base_rows=files['before'], tuned_rows=files['after'], config=settings,
                         log=log, val_before=log.vals[0].loss, val_after=log.vals[-1].loss, judge=verdicts)
     print_scores(data)
+    print_judge(data)
     print(f"report    {out/'report.html'}")
 
 
@@ -293,8 +298,9 @@ def print_scores(
     for name, m in data['metrics'].items():
         d = m['diff']
         print(f"score     {name:20} {m['before']:5.1f} -> {m['after']:5.1f}   {d['mean']:+5.1f} (95 % interval {d['low']:+.1f} to {d['high']:+.1f})")
+    print(f"verdict   {data['metrics'][data['primary']]['verdict']}")
 
-# %% ../nbs/07_cli.ipynb #4905a9ba
+# %% ../nbs/07_cli.ipynb #df8692cd
 def respond_command(args):
     "Answer the records of a file, or one part of its split; the records need no answers of their own"
     source, records = read_data(args, need_answer=False)
@@ -302,29 +308,35 @@ def respond_command(args):
     answer(Job(source, None, *open_model(args)), records, args.out, args)
 
 
-def judge_responses(
-    path, # Responses file
+def judge_options(
     args, # Parsed options of the group judge
-): # `Judged`
-    "Have one file of answers judged, raising `InputError` if no judge was named"
-    from sft_nb.judge import judge_file
+)->dict: # The same for the functions of `sft_nb.judge` and `sft_nb.report`
+    "Where the judge is and how it is asked, raising `InputError` if no judge was named"
     if not args.judge_url: raise InputError("judge: no server named, got no --judge-url; add --judge-url http://HOST:PORT/v1")
-    key = os.environ.get('SFT_NB_JUDGE_KEY') or os.environ.get('OPENAI_API_KEY')
-    judged = judge_file(path, args.judge_url, args.judge_model or '', key=key)
-    print(f"judge     {path}: {judged}")
-    return judged
+    return dict(url=args.judge_url, model=args.judge_model or '', protocol=args.judge_protocol, workers=args.judge_workers)
+
+
+def print_judge(
+    data, # What a function of `sft_nb.report` returned
+):
+    "One line for each file that was judged"
+    for name, judged in data.get('judge', {}).items():
+        if isinstance(judged, dict) and 'text' in judged: print(f"judge     {name}: {judged['text']}")
 
 
 def judge_command(args):
-    "Have the answers of a file scored by another model"
-    judge_responses(args.file, args)
+    "Have the answers of a file scored by another model, after the judge's own exam; with --out, write a report"
+    from sft_nb.report import judge_report
+    print_judge(judge_report(args.file, out=args.out and new_folder(args.out), **judge_options(args)))
+
 
 def compare_command(args):
-    "Set two files of answers side by side; with --out, write a report"
-    from sft_nb.report import report_data, write_report
-    if not args.out: data = report_data(args.before, args.after)
-    else: data = write_report(new_folder(args.out), title=f'{args.before} and {args.after}', base_rows=args.before, tuned_rows=args.after)
+    "Set two files of answers side by side, with a judge if one is named; with --out, write a report"
+    from sft_nb.report import compare_files
+    judge = judge_options(args) if args.judge_url else {}
+    data = compare_files(args.before, args.after, args.out and new_folder(args.out), **judge)
     print_scores(data)
+    print_judge(data)
 
 # %% ../nbs/07_cli.ipynb #301cf756
 def inspect_command(args):
@@ -365,13 +377,13 @@ def read_line(
     try: return input('> ' if sys.stdin.isatty() else '').strip()
     except EOFError: return ''
 
-# %% ../nbs/07_cli.ipynb #fa891002
+# %% ../nbs/07_cli.ipynb #ce1d9acf
 COMMANDS = dict(
     run=(run_command, 'data encode model train answer judge', 'tune, answer before and after, score, report'),
     train=(train_command, 'data encode model train', 'tune a model on a file of records'),
     respond=(respond_command, 'data model answer', 'answer the records of a file'),
     judge=(judge_command, 'judge', 'have answers scored by another model'),
-    compare=(compare_command, '', 'set two files of answers side by side'),
+    compare=(compare_command, 'judge', 'set two files of answers side by side'),
     inspect=(inspect_command, 'data encode model', 'show what training would see'),
     chat=(chat_command, 'model answer', 'talk to a model'),
 )
@@ -395,6 +407,7 @@ def build_parser(
     p['respond'].add_argument('--out', metavar='FILE', required=True, help='responses file to write')
     p['respond'].add_argument('--part', default='all', choices=['all', 'train', 'test', 'val'], help='part of the split to answer [all]')
     p['judge'].add_argument('file', metavar='FILE', help='responses file')
+    p['judge'].add_argument('--out', metavar='FOLDER', help='write a report there')
     p['compare'].add_argument('before', metavar='A', help='responses file of the first model')
     p['compare'].add_argument('after', metavar='B', help='responses file of the second model')
     p['compare'].add_argument('--out', metavar='FOLDER', help='write a report there')

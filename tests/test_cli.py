@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from scripted_server import Scripted
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = dict(model_type='gpt2', architectures=['GPT2LMHeadModel'], vocab_size=50257, n_embd=16, n_layer=1, n_head=2, n_positions=128)
@@ -165,6 +166,20 @@ def test_broken_records_are_counted_and_left_out(home):
     done = sft_nb('train', '--data', 'mixed.json', '--model', 'tiny', '--name', 'mixed', '--drop-broken', '--epochs', '1', *FAST[:2],
                   '--no-preflight', cwd=home)
     assert done.returncode == 0 and 'records dropped: 2' in done.stdout, done.stderr
+
+
+def test_judge_and_compare_with_a_scripted_judge(home):
+    rows = [dict(instruction=f'Say {i}.', input='', output=f'number {i}') for i in range(30)]
+    for name, text in (('right', 'number {}'), ('wrong', 'something else {}')):
+        (home/f'{name}.json').write_text(json.dumps([{**r, 'model_response': text.format(i)} for i, r in enumerate(rows)]))
+    with Scripted('good') as server:
+        judge = ['--judge-url', server.url, '--judge-model', 'scripted']
+        done = sft_nb('judge', 'right.json', *judge, '--out', 'judged', cwd=home)
+        assert done.returncode == 0 and '30 of 30 rows have a verdict' in done.stdout, done.stdout + done.stderr
+        assert (home/'judged/report.html').exists()
+        done = sft_nb('compare', 'wrong.json', 'right.json', *judge, '--out', 'both', cwd=home)
+        assert done.returncode == 0 and 'verdict   The second model is better' in done.stdout, done.stdout + done.stderr
+        assert 'judge     before' in done.stdout and 'judge     after' in done.stdout
 
 
 def test_judge_without_a_server(home):
