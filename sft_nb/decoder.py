@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['ACTS', 'ROPE_TYPES', 'ModelConfig', 'count_parameters', 'count_flops', 'Norm', 'in_float32', 'rope_frequencies',
            'rope_tables', 'turn', 'Layout', 'causal_mask', 'attend', 'Shortcuts', 'attend_rows', 'KVCache', 'Block',
-           'Decoder', 'batch_loss', 'naive_loss', 'gradients_of', 'compare_with_naive']
+           'Decoder', 'batch_loss', 'naive_loss', 'gradients_of', 'compare_with_naive', 'compile_blocks']
 
-# %% ../nbs/03a_decoder.ipynb #1a22f3e0
+# %% ../nbs/03a_decoder.ipynb #dbaeb58e
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -19,11 +19,10 @@ from torch.utils.checkpoint import checkpoint
 
 from .data import InputError
 
-# %% ../nbs/03a_decoder.ipynb #ebbd0908
+# %% ../nbs/03a_decoder.ipynb #77eeb4b1
 ACTS = dict(silu=F.silu, gelu=F.gelu, gelu_tanh=lambda x: F.gelu(x, approximate='tanh'), relu=F.relu)
 ROPE_TYPES = 'default', 'linear', 'dynamic', 'llama3', 'longrope', 'yarn'
 
-# %% ../nbs/03a_decoder.ipynb #e14a4823
 @dataclass(frozen=True)
 class ModelConfig:
     "The sizes and choices that tell one decoder from another, raising `InputError` when they contradict each other"
@@ -66,11 +65,11 @@ class ModelConfig:
             if not isinstance(got, int) or got<1:
                 raise InputError(f"model configuration: {name} is not a whole number above 0, got {got!r}; correct it")
         if self.n_heads%self.n_kv_heads:
-            raise InputError(f"model configuration: {self.n_heads} query heads cannot share {self.n_kv_heads} key heads "
-                             "evenly; correct one of them")
+            raise InputError(f"model configuration: {self.n_heads} query heads cannot share {self.n_kv_heads} key "
+                             "heads evenly; correct one of them")
         rope_type = (self.rope_scaling or {}).get('rope_type', 'default')
-        for name,got,known in (('norm', self.norm, ('rms', 'layer')), ('positions', self.positions, ('rope', 'learned')),
-                               ('act', self.act, ACTS), ('rope_type', rope_type, ROPE_TYPES)):
+        for name,got,known in (('norm', self.norm, ('rms', 'layer')), ('act', self.act, ACTS),
+                               ('positions', self.positions, ('rope', 'learned')), ('rope_type', rope_type, ROPE_TYPES)):
             if got not in known:
                 raise InputError(f"model configuration: unknown {name}, got {got!r}; use one of {', '.join(known)}")
 
@@ -116,23 +115,25 @@ def count_flops(
     forward = blocks + attention + head
     return dict(blocks=blocks, attention=attention, head=head, forward=forward, training=3*forward)
 
-# %% ../nbs/03a_decoder.ipynb #0e1f1716
+# %% ../nbs/03a_decoder.ipynb #5f48ff3f
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, weight, eps, dtype):
-        size = torch.linalg.vector_norm(h, dim=-1, keepdim=True).square_().div_(h.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(h, weight, size)
-        return torch.mul(h*size, weight, out=torch.empty(h.shape, dtype=dtype, device=h.device))
+        rows = h.reshape(-1, h.shape[-1])
+        square,n = rows*rows,rows.shape[1]
+        scale = torch.mv(square, square.new_ones(n))[:,None].div_(n).add_(eps).rsqrt_()
+        ctx.save_for_backward(h, weight, scale)
+        return torch.mul(rows, scale, out=square).mul_(weight.to(h.dtype)).to(dtype).view(h.shape)
     @staticmethod
     def backward(ctx, g):
-        h,weight,size = ctx.saved_tensors
-        unit,g = h*size,g.to(h.dtype)
-        dweight = torch.linalg.vecdot(g.flatten(0, -2), unit.flatten(0, -2), dim=0) if ctx.needs_input_grad[1] else None
-        g = g*weight
-        mean = torch.linalg.vecdot(g, unit)[...,None].div_(h.shape[-1])
-        return g.addcmul_(unit, mean, value=-1).mul_(size), dweight, None, None
+        h,weight,scale = ctx.saved_tensors
+        rows,w,g = h.reshape(-1, h.shape[-1]),weight.to(h.dtype),g.to(h.dtype).reshape(-1, h.shape[-1])
+        both = g*rows
+        dweight = torch.mv(both.T, scale[:,0]).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        along = torch.mv(both, w)[:,None].mul_(scale.square()).div_(len(w))
+        return torch.mul(g, w, out=both).addcmul_(rows, along, value=-1).mul_(scale).view(h.shape), dweight, None, None
 
-# %% ../nbs/03a_decoder.ipynb #5ceeb52f
+# %% ../nbs/03a_decoder.ipynb #28ca6b2e
 class Norm(nn.Module):
     "RMS norm or layer norm, computed in float32 and returned in the precision of its weights"
     def __init__(self,
@@ -147,11 +148,12 @@ class Norm(nn.Module):
     def forward(self, h:Tensor, by_hand:bool=True)->Tensor:
         dtype,h = self.weight.dtype,in_float32(h)
         weight = self.weight.to(h.dtype) + 1 if self.plus_one else self.weight
-        if self.kind=='layer': return F.layer_norm(h, weight.shape, weight.to(h.dtype), self.bias.to(h.dtype), self.eps).to(dtype)
+        if self.kind=='layer':
+            return F.layer_norm(h, weight.shape, weight.to(h.dtype), self.bias.to(h.dtype), self.eps).to(dtype)
         if by_hand: return _RMSNorm.apply(h, weight, self.eps, dtype)
         return (h*torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)*weight).to(dtype)
 
-# %% ../nbs/03a_decoder.ipynb #727f213b
+
 def in_float32(
     x:Tensor, # Any floating-point tensor
 )->Tensor: # `x` itself if it is float32 or finer
@@ -205,19 +207,20 @@ def _yarn(freq, s, cfg, theta):
     stretch = s.get('attention_factor') or (size(s['mscale'])/size(s['mscale_all_dim']) if both else size(1))
     return freq*(slow/factor + 1 - slow), stretch
 
-# %% ../nbs/03a_decoder.ipynb #7479b66a
+# %% ../nbs/03a_decoder.ipynb #81bcc449
 def rope_tables(
     cfg:ModelConfig, # The model
     pos_N:Tensor, # Position of each token in its row
     length:int, # Longest row of the batch in tokens
     in_window:bool=False, # For layers with a window
+    dtype:torch.dtype=torch.float32, # Precision of what will be turned
 )->tuple: # Cosine and sine, each (N, 1, pairs)
     "Cosine and sine of the angle by which each pair of each position is turned"
     freq,stretch = rope_frequencies(cfg, length, in_window)
     angle = (pos_N.float()[:,None]*freq.to(pos_N.device))[:,None]
-    return angle.cos()*stretch, angle.sin()*stretch
+    return (angle.cos()*stretch).to(dtype), (angle.sin()*stretch).to(dtype)
 
-# %% ../nbs/03a_decoder.ipynb #4fb2ca71
+
 def turn(
     x:Tensor, # (N, heads, d), changed in place
     cos:Tensor, # From `rope_tables`
@@ -248,7 +251,7 @@ class _Turn(torch.autograd.Function):
         turn(g.view(ctx.shape)[:,:ctx.heads[0]], cos, -sin)
         return g, None, None, None
 
-# %% ../nbs/03a_decoder.ipynb #d1cff778
+# %% ../nbs/03a_decoder.ipynb #fb154329
 class Layout:
     "Where the heads of the flat positions stand in attention's rectangles, worked out once a batch for all layers"
     def __init__(self,
@@ -275,14 +278,15 @@ class Layout:
         self.P,self.B,self.T,self.S = P,B,T,S
         self.take,self.put,self.out = to(take),to(np.concatenate([q, k, k + B*K*S], 1).ravel()),to(out)
         self.sizes = B*H*T,B*K*S,B*K*S
-        self.length = 1 + int(batch.pos_N.max())
         if past is not None: past.begin(self, to(lens))
+        self.length = P + T if past is None else past.n_prefix + past.n_slots
 
     def past_masks(self, window, dtype):
         "The same for keys in a cache"
         if window is not None and window>=self.length: window = None
-        if ('past',window,dtype) not in self.masks: self.masks['past',window,dtype] = self.past.masks_of(window, self.cfg, dtype)
-        return self.masks['past',window,dtype]
+        key = 'past',window,dtype
+        if key not in self.masks: self.masks[key] = self.past.masks_of(window, self.cfg, dtype)
+        return self.masks[key]
 
     def masks_of(self, window, dtype):
         "What to add to scores, 0 or -inf: (for the rows' queries, for the preamble's)"
@@ -392,12 +396,12 @@ class _Attend(torch.autograd.Function):
         dq,dk = torch.bmm(dscores, k),torch.bmm(dscores.mT, q)
         return *(x.view(*shape[:2], *x.shape[1:]) for x in (dq, dk, dv)), None, None
 
-# %% ../nbs/03a_decoder.ipynb #61a91f4c
+# %% ../nbs/03a_decoder.ipynb #14517f34
 @dataclass
 class Shortcuts:
     "What a model does to be fast; every one of them is exact"
     by_hand:bool = True # Use the derivatives written here instead of autograd's
-    attention:str = 'auto' # 'products' (two batched products), 'fused' (torch's kernel), or 'auto': by length and device
+    attention:str = 'auto' # 'products' (two batched products), 'fused' (torch's kernel), 'auto': by length and device
     long_rows:int = 256 # From this many positions on, 'auto' takes the fused kernel
     ends_at_targets:bool = True # The last block's tail and the head see targets only
     one_gradient:bool = True # A tied table has one gradient: what reading ids adds is written into the head's
@@ -588,7 +592,7 @@ class _Twice(torch.autograd.Function):
         if head is None or reads is None: return reads.to_dense() if head is None else head
         return head.add_(reads)
 
-# %% ../nbs/03a_decoder.ipynb #14b97889
+# %% ../nbs/03a_decoder.ipynb #076c56bb
 class Decoder(nn.Module):
     "Embedding, blocks, norm and head"
     def __init__(self,
@@ -620,12 +624,15 @@ class Decoder(nn.Module):
     )->Tensor: # (N or M, D) in the precision of the weights
         "Hidden states behind the last norm"
         c,lay = self.cfg,Layout(self.cfg, batch, past)
-        h = in_float32(F.embedding(batch.ids_N, self.embed.weight if table is None else table, sparse=table is not None))
+        own = table is None
+        h = in_float32(F.embedding(batch.ids_N, self.embed.weight if own else table, sparse=not own))
         if c.embed_scale!=1: h = h*c.embed_scale
         if c.positions=='learned': h,tables = h + self.pos_embed(batch.pos_N),{}
-        else: tables = {w: rope_tables(c, batch.pos_N, lay.length, w) for w in {b.window is not None for b in self.blocks}}
+        else: tables = {w: rope_tables(c, batch.pos_N, lay.length, w, self.embed.weight.dtype)
+                        for w in {bool(b.window) for b in self.blocks}}
         for block in self.blocks:
-            args = h, lay, tables.get(block.window is not None), self.shortcuts, at_M if block is self.blocks[-1] else None
+            last = block is self.blocks[-1]
+            args = h, lay, tables.get(bool(block.window)), self.shortcuts, at_M if last else None
             if self.shortcuts.recompute and torch.is_grad_enabled(): h = checkpoint(block, *args, use_reentrant=False)
             else: h = block(*args)
         return self.norm(h, self.shortcuts.by_hand)
@@ -687,7 +694,7 @@ def naive_loss(
     nll = F.cross_entropy(logits.flatten(0, 1), labels_BT.flatten(), ignore_index=-100, reduction='none')
     return (nll*weight_BT.flatten()).sum()
 
-# %% ../nbs/03a_decoder.ipynb #0117ac71
+# %% ../nbs/03a_decoder.ipynb #81c227e7
 def gradients_of(
     model:nn.Module, # The model; gradients it holds are dropped
     loss, # Function of no arguments that returns a scalar with its graph
@@ -699,13 +706,22 @@ def gradients_of(
     model.zero_grad(set_to_none=True)
     return grads
 
-# %% ../nbs/03a_decoder.ipynb #21efbf43
+
 def compare_with_naive(
     model:Decoder, # Any model, in float32
     batch, # Flat `Batch`, of your own data
 )->dict: # Relative differences of the 'loss' and of the 'gradient' that differs most
     "How far the fast way is from the naive one"
-    fast,naive = batch_loss(model, batch)[0].item(),naive_loss(model, batch).item()
-    ours,theirs = gradients_of(model, lambda: batch_loss(model, batch)[0]),gradients_of(model, lambda: naive_loss(model, batch))
+    fast,naive = lambda: batch_loss(model, batch)[0],lambda: naive_loss(model, batch)
+    ours,theirs = gradients_of(model, fast),gradients_of(model, naive)
     worst = max(((ours[n] - g).norm()/g.norm()).item() for n,g in theirs.items() if g.norm()>0)
-    return dict(loss=abs(fast - naive)/abs(naive), gradient=worst)
+    with torch.no_grad(): return dict(loss=abs(fast()/naive() - 1).item(), gradient=worst)
+
+# %% ../nbs/03a_decoder.ipynb #b627cdde
+def compile_blocks(
+    model:Decoder, # Changed in place
+)->Decoder: # `model`
+    "Compile each block for batches of any shape; the first batch waits for it"
+    model.shortcuts = replace(model.shortcuts, by_hand=False)
+    for block in model.blocks: block.compile(dynamic=True)
+    return model

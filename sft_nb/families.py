@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from .data import InputError, near_misses
 from .decoder import ModelConfig
 
-# %% ../nbs/03b_families.ipynb #da682aa2
-ACT_NAMES = dict(silu='silu', swish='silu', gelu='gelu', gelu_new='gelu_tanh', gelu_pytorch_tanh='gelu_tanh', relu='relu')
+# %% ../nbs/03b_families.ipynb #3ee253af
+ACT_NAMES = dict(silu='silu', swish='silu', gelu='gelu', gelu_new='gelu_tanh', gelu_pytorch_tanh='gelu_tanh',
+                 relu='relu')
 
 def read_common(
     hf:dict, # Content of a `config.json`
@@ -87,11 +88,12 @@ def read_qwen3(hf):
 
 def read_phi3(hf): return read_common(hf, window=hf.get('sliding_window'), norm_eps=hf.get('rms_norm_eps', 1e-5))
 
-# %% ../nbs/03b_families.ipynb #796ac97c
+# %% ../nbs/03b_families.ipynb #2ea4a111
 def read_gemma(hf):
     if hf.get('use_bidirectional_attention'):
         raise InputError("attention in both directions is not supported; use a causal model")
-    act,bias = hf.get('hidden_activation') or hf.get('hidden_act') or 'gelu_pytorch_tanh',hf.get('attention_bias', False)
+    bias = hf.get('attention_bias', False)
+    act = hf.get('hidden_activation') or hf.get('hidden_act') or 'gelu_pytorch_tanh'
     if hf['model_type']=='gemma' and act=='gelu': act = 'gelu_pytorch_tanh' # the first files said gelu and meant this
     return read_common(hf, act=act, norm_plus_one=True, embed_scale=hf['hidden_size']**0.5, qkv_bias=bias, o_bias=bias,
                        tied=hf.get('tie_word_embeddings', True))
@@ -104,24 +106,25 @@ def read_gemma2(hf):
 
 
 def read_gemma3(hf):
-    fields = read_gemma2(hf) | read_windows(hf, lambda i: (i + 1)%hf.get('sliding_window_pattern', 6)) | dict(qk_norm=True)
+    every = hf.get('sliding_window_pattern', 6)
+    fields = read_gemma2(hf) | read_windows(hf, lambda i: (i + 1)%every) | dict(qk_norm=True)
     if 'rope_parameters' in hf: return fields
     return fields | dict(window_theta=hf.get('rope_local_base_freq', 10000.), rope_theta=hf.get('rope_theta', 1e6))
 
-# %% ../nbs/03b_families.ipynb #ca077050
+# %% ../nbs/03b_families.ipynb #dfa253e7
 def read_gpt2(hf):
-    odd = hf.get('scale_attn_by_inverse_layer_idx') or not hf.get('scale_attn_weights', True) or hf.get('add_cross_attention')
-    if odd: raise InputError("this variant of GPT-2's attention is not supported; use the usual one")
+    odd = 'scale_attn_by_inverse_layer_idx', 'reorder_and_upcast_attn', 'add_cross_attention'
+    if any(hf.get(k) for k in odd) or not hf.get('scale_attn_weights', True): raise InputError("this variant of GPT-2's attention is not supported; use the usual one")
     D,H,act = hf['n_embd'],hf['n_head'],hf.get('activation_function', 'gelu_new')
     return dict(
-        family='gpt2', vocab_size=hf['vocab_size'], n_layers=hf['n_layer'], width=D, n_heads=H, n_kv_heads=H, head_dim=D//H,
-        mlp_width=hf.get('n_inner') or 4*D, max_length=hf.get('n_positions') or hf['n_ctx'], norm='layer',
+        family='gpt2', vocab_size=hf['vocab_size'], n_layers=hf['n_layer'], width=D, n_heads=H, n_kv_heads=H,
+        head_dim=D//H, mlp_width=hf.get('n_inner') or 4*D, max_length=hf.get('n_positions') or hf['n_ctx'], norm='layer',
         norm_eps=hf.get('layer_norm_epsilon', 1e-5), positions='learned', act=ACT_NAMES.get(act, act), gated_mlp=False,
         tied=hf.get('tie_word_embeddings', True), qkv_bias=True, o_bias=True, mlp_bias=True)
 
-# %% ../nbs/03b_families.ipynb #54f33ed5
-READERS = dict(gpt2=read_gpt2, llama=read_llama, mistral=read_mistral, qwen2=read_qwen2, qwen3=read_qwen3, phi3=read_phi3,
-               gemma=read_gemma, gemma2=read_gemma2, gemma3_text=read_gemma3)
+# %% ../nbs/03b_families.ipynb #dc22984e
+READERS = dict(gpt2=read_gpt2, llama=read_llama, mistral=read_mistral, qwen2=read_qwen2, qwen3=read_qwen3,
+               phi3=read_phi3, gemma=read_gemma, gemma2=read_gemma2, gemma3_text=read_gemma3)
 
 def config_from_hf(
     hf:dict, # Content of a `config.json`
@@ -132,14 +135,15 @@ def config_from_hf(
     if kind not in READERS:
         raise InputError(f"{where}: unknown model_type, got {kind!r}; {near_misses(str(kind), READERS)}")
     if packed:=hf.get('quantization_config'):
-        raise InputError(f"{where}: weights are packed, got {packed.get('quant_method')!r}; use the plain model or a GGUF file")
+        how = packed.get('quant_method')
+        raise InputError(f"{where}: weights are packed, got {how!r}; use the plain model or a GGUF file")
     try: return ModelConfig(**READERS[kind](hf), hf=hf)
     except KeyError as e: raise InputError(f"{where}: {e} is missing; fetch the file again") from None
     except InputError as e: raise InputError(f"{where}: {e}") from None
     except (TypeError, AttributeError, ValueError, ArithmeticError) as e:
         raise InputError(f"{where}: an entry has the wrong type or value ({e}); fetch the file again") from None
 
-# %% ../nbs/03b_families.ipynb #3af06449
+# %% ../nbs/03b_families.ipynb #73ae7ace
 CLASSES = dict(gpt2='GPT2LMHeadModel', llama='LlamaForCausalLM', mistral='MistralForCausalLM', qwen2='Qwen2ForCausalLM',
                qwen3='Qwen3ForCausalLM', phi3='Phi3ForCausalLM', gemma='GemmaForCausalLM', gemma2='Gemma2ForCausalLM',
                gemma3_text='Gemma3ForCausalLM')
@@ -169,24 +173,28 @@ def _llama_words(c):
                  num_key_value_heads=c.n_kv_heads, head_dim=c.head_dim, intermediate_size=c.mlp_width,
                  max_position_embeddings=c.max_length)
     return sizes | dict(
-        rms_norm_eps=c.norm_eps, hidden_act=act, hidden_activation=act, rope_theta=c.rope_theta, rope_scaling=c.rope_scaling,
-        partial_rotary_factor=(c.rope_dim or c.head_dim)/c.head_dim, attention_bias=c.o_bias, mlp_bias=c.mlp_bias,
-        sliding_window=c.window, use_sliding_window=c.window is not None, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+        rms_norm_eps=c.norm_eps, hidden_act=act, hidden_activation=act, rope_theta=c.rope_theta,
+        rope_scaling=c.rope_scaling, partial_rotary_factor=(c.rope_dim or c.head_dim)/c.head_dim,
+        attention_bias=c.o_bias, mlp_bias=c.mlp_bias, sliding_window=c.window, use_sliding_window=c.window is not None,
+        bos_token_id=None, eos_token_id=None, pad_token_id=None)
 
-# %% ../nbs/03b_families.ipynb #f82046f6
-_TOP = {'embed.weight': 'model.embed_tokens.weight', 'norm.weight': 'model.norm.weight', 'unembed.weight': 'lm_head.weight'}
+# %% ../nbs/03b_families.ipynb #cc7a3c40
+_TOP = {'embed.weight': 'model.embed_tokens.weight', 'norm.weight': 'model.norm.weight',
+        'unembed.weight': 'lm_head.weight'}
 _LLAMA = dict(
-    attn_norm=['input_layernorm'], qkv=['self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'], o=['self_attn.o_proj'],
-    q_norm=['self_attn.q_norm'], k_norm=['self_attn.k_norm'], mlp_norm=['post_attention_layernorm'],
+    attn_norm=['input_layernorm'], qkv=['self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'],
+    o=['self_attn.o_proj'], q_norm=['self_attn.q_norm'], k_norm=['self_attn.k_norm'], mlp_norm=['post_attention_layernorm'],
     gate_up=['mlp.gate_proj', 'mlp.up_proj'], down=['mlp.down_proj'])
 _PHI3 = _LLAMA | dict(qkv=['self_attn.qkv_proj'], gate_up=['mlp.gate_up_proj'])
 _GEMMA2 = _LLAMA | dict(attn_out_norm=['post_attention_layernorm'], mlp_norm=['pre_feedforward_layernorm'],
                         mlp_out_norm=['post_feedforward_layernorm'])
 
-# %% ../nbs/03b_families.ipynb #52c145b5
+# %% ../nbs/03b_families.ipynb #fe2719a6
 _GPT2_TOP = {'embed.weight': 'transformer.wte.weight', 'pos_embed.weight': 'transformer.wpe.weight',
-             'norm.weight': 'transformer.ln_f.weight', 'norm.bias': 'transformer.ln_f.bias', 'unembed.weight': 'lm_head.weight'}
-_GPT2 = dict(attn_norm=['ln_1'], qkv=['attn.c_attn'], o=['attn.c_proj'], mlp_norm=['ln_2'], up=['mlp.c_fc'], down=['mlp.c_proj'])
+             'norm.weight': 'transformer.ln_f.weight', 'norm.bias': 'transformer.ln_f.bias',
+             'unembed.weight': 'lm_head.weight'}
+_GPT2 = dict(attn_norm=['ln_1'], qkv=['attn.c_attn'], o=['attn.c_proj'], mlp_norm=['ln_2'], up=['mlp.c_fc'],
+             down=['mlp.c_proj'])
 NAMES = {kind: (_TOP, _LLAMA, 'model.layers.') for kind in READERS} | dict(
     phi3=(_TOP, _PHI3, 'model.layers.'), gemma2=(_TOP, _GEMMA2, 'model.layers.'),
     gemma3_text=(_TOP, _GEMMA2, 'model.layers.'), gpt2=(_GPT2_TOP, _GPT2, 'transformer.h.'))
@@ -223,11 +231,12 @@ def file_parts(
     parts = tensor.split(part_sizes(cfg, name, len(names))) if len(names)>1 else [tensor]
     return [(n, p.T if transposed else p) for n,p in zip(names, parts)]
 
-# %% ../nbs/03b_families.ipynb #de4c2919
+# %% ../nbs/03b_families.ipynb #7c90f4f0
 def hf_tensors(
     model:nn.Module, # The model to write
 ): # Iterator over pairs of name and tensor, in the file's orientation
     "The weights under their family's names, raising `InputError` if there are adapters among them"
     if any('.adapter.' in name for name,_ in model.named_parameters()):
-        raise InputError("save_model: the model has LoRA adapters; merge_lora(model) first, or write them alone with save_adapter")
+        raise InputError("save_model: the model has LoRA adapters; merge_lora(model) first, or write them alone with "
+                         "save_adapter")
     for name,p in model.named_parameters(): yield from file_parts(model.cfg, name, p.data)

@@ -35,7 +35,7 @@ def open_gguf(
         why = str(e) or type(e).__name__
         raise InputError(f"{path}: not a GGUF file, or damaged or cut short ({why}); fetch it again") from None
 
-# %% ../nbs/03c_gguf.ipynb #3b636db2
+# %% ../nbs/03c_gguf.ipynb #c191e0d5
 GGUF_KINDS = 'llama', 'qwen2', 'qwen3', 'phi3', 'gpt2'
 
 def gguf_to_hf(
@@ -46,17 +46,19 @@ def gguf_to_hf(
     "The Hugging Face configuration of a GGUF file, raising `InputError` for architectures that are not read"
     arch = get('general.architecture')
     if arch not in GGUF_KINDS:
-        raise InputError(f"{where}: unknown architecture, got {arch!r}; take a file of {', '.join(GGUF_KINDS)}, or a Hugging Face folder")
+        raise InputError(f"{where}: unknown architecture, got {arch!r}; take a file of {', '.join(GGUF_KINDS)}, or a Hugging "
+                         "Face folder")
     needed = 'embedding_length', 'attention.head_count', 'block_count', 'feed_forward_length', 'context_length'
     gone = [k for k in needed if not isinstance(get(f'{arch}.{k}'), int)]
     if gone: raise InputError(f"{where}: setting {arch}.{gone[0]} is missing or not a number; fetch the file again")
     hf = dict(model_type=arch, architectures=[CLASSES[arch]], vocab_size=len(get('tokenizer.ggml.tokens') or ()),
               tie_word_embeddings='output.weight' not in names)
-    for k,g in dict(bos='bos', eos='eos', pad='padding').items(): hf[f'{k}_token_id'] = get(f'tokenizer.ggml.{g}_token_id')
+    for k,g in dict(bos='bos', eos='eos', pad='padding').items():
+        hf[f'{k}_token_id'] = get(f'tokenizer.ggml.{g}_token_id')
     own = lambda key,otherwise=None: otherwise if (v:=get(f'{arch}.{key}')) is None else v
     return hf | (_gpt2_settings(own) if arch=='gpt2' else _llama_settings(own, names))
 
-# %% ../nbs/03c_gguf.ipynb #9a19b97b
+# %% ../nbs/03c_gguf.ipynb #a1b985ec
 def _gpt2_settings(own):
     return dict(n_embd=own('embedding_length'), n_layer=own('block_count'), n_head=own('attention.head_count'),
                 n_inner=own('feed_forward_length'), n_positions=own('context_length'), activation_function='gelu_new',
@@ -72,14 +74,15 @@ def _llama_settings(own, names):
     return dict(
         hidden_size=D, num_hidden_layers=own('block_count'), num_attention_heads=H, head_dim=d,
         num_key_value_heads=own('attention.head_count_kv', H), intermediate_size=own('feed_forward_length'),
-        max_position_embeddings=longest, rms_norm_eps=_short(own('attention.layer_norm_rms_epsilon', 1e-5)), hidden_act='silu',
-        rope_theta=own('rope.freq_base', 10000.), rope_scaling=scaling, partial_rotary_factor=own('rope.dimension_count', d)/d,
-        sliding_window=own('attention.sliding_window'), attention_bias=has('attn_output.bias'), mlp_bias=has('ffn_down.bias'))
+        max_position_embeddings=longest, rms_norm_eps=_short(own('attention.layer_norm_rms_epsilon', 1e-5)),
+        hidden_act='silu', rope_theta=own('rope.freq_base', 10000.), rope_scaling=scaling,
+        partial_rotary_factor=own('rope.dimension_count', d)/d, sliding_window=own('attention.sliding_window'),
+        attention_bias=has('attn_output.bias'), mlp_bias=has('ffn_down.bias'))
 
 
 def _short(x): return float(f'{x:.6g}') # 1e-5 was stored as 9.999999747378752e-06
 
-# %% ../nbs/03c_gguf.ipynb #32b239a2
+# %% ../nbs/03c_gguf.ipynb #7ab846f0
 def gguf_scaling(
     read, # Function: tensor name -> tensor
     names, # Names of the tensors in the file
@@ -87,8 +90,9 @@ def gguf_scaling(
     own, # Function from the architecture's key to its value or None
 )->dict|None: # `rope_scaling` of the `config.json`
     "How turning is slowed, where the file says so with tensors"
-    by_pair = lambda long,short,first,stretch: dict(rope_type='longrope', long_factor=long.tolist(), short_factor=short.tolist(),
-                                                    original_max_position_embeddings=first, attention_factor=stretch)
+    by_pair = lambda long,short,first,stretch: dict(
+        rope_type='longrope', long_factor=long.tolist(), short_factor=short.tolist(),
+        original_max_position_embeddings=first, attention_factor=stretch)
     if 'rope_factors_long.weight' in names:
         return by_pair(read('rope_factors_long.weight'), read('rope_factors_short.weight'),
                        own('rope.scaling.original_context_length') or 4096, own('rope.scaling.attn_factor'))
@@ -150,7 +154,7 @@ def byte_bpe(
     if cut=='qwen2': tok.normalizer = normalizers.NFC()
     return tok
 
-# %% ../nbs/03c_gguf.ipynb #91a983ae
+# %% ../nbs/03c_gguf.ipynb #7972f48b
 def piece_bpe(
     own, # Function from the tokenizer's key to its value or None
 ): # A `tokenizers.Tokenizer`
@@ -160,14 +164,14 @@ def piece_bpe(
     vocab = {t: i for i,t in enumerate(tokens)}
     halves = ((i, t[:n], t[n:]) for t,i in vocab.items() for n in range(1, len(t)))
     ranked = sorted((-scores[i], vocab[a], vocab[b], a, b) for i,a,b in halves if a in vocab and b in vocab)
-    tok = Tokenizer(models.BPE(vocab, [r[3:] for r in ranked], unk_token=tokens[own('unknown_token_id') or 0], fuse_unk=True,
-                               byte_fallback=True))
+    unknown = tokens[own('unknown_token_id') or 0]
+    tok = Tokenizer(models.BPE(vocab, [r[3:] for r in ranked], unk_token=unknown, fuse_unk=True, byte_fallback=True))
     tok.normalizer = normalizers.Sequence([normalizers.Prepend('▁')]*first + [normalizers.Replace(' ', '▁')])
     back = [decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse()]
     tok.decoder = decoders.Sequence(back + [decoders.Strip(' ', 1, 0)]*first)
     return tok
 
-# %% ../nbs/03c_gguf.ipynb #37f3bcde
+# %% ../nbs/03c_gguf.ipynb #ece9e35d
 def gguf_tokenizer(
     get, # Function from a key to its value or None
     name:str, # For receipts and errors
@@ -180,9 +184,9 @@ def gguf_tokenizer(
     if kind not in ('gpt2', 'llama') or not tokens:
         raise InputError(f"{name}: unknown tokenizer, got {kind!r}; take the model's Hugging Face folder")
     tok = byte_bpe(own, name) if kind=='gpt2' else piece_bpe(own)
-    added = lambda wanted: [AddedToken(t, normalized=False, special=wanted==3) for t,k in zip(tokens, types or ()) if k==wanted]
-    tok.add_special_tokens(added(3)) # control tokens
-    tok.add_tokens(added(4)) # tokens that content may use
+    of_type = lambda n: [AddedToken(t, normalized=False, special=n==3) for t,k in zip(tokens, types or ()) if k==n]
+    tok.add_special_tokens(of_type(3)) # control tokens
+    tok.add_tokens(of_type(4)) # tokens that content may use
     text = lambda key: None if own(key) is None else tokens[own(key)]
     return as_tokenizer(tok, text('eos_token_id'), text('padding_token_id'), name)
 
@@ -196,7 +200,7 @@ class GGUF:
     tokenizer:object # `Tokenizer`
     template:object # The file's chat template, or None
 
-# %% ../nbs/03c_gguf.ipynb #c7412f42
+# %% ../nbs/03c_gguf.ipynb #db802226
 def read_gguf(
     path, # A .gguf file
 )->GGUF:
@@ -208,11 +212,13 @@ def read_gguf(
         t = tensors[name]
         try: return torch.from_numpy(np.array(dequantize(t.data, t.tensor_type), dtype=np.float32))
         except NotImplementedError:
-            raise InputError(f"{path}: {name} is packed as {t.tensor_type.name}, which is not read; take another file") from None
+            kind = t.tensor_type.name
+            raise InputError(f"{path}: {name} is packed as {kind}, which is not read; take another file") from None
     hf,arch = gguf_to_hf(get, tensors, str(path)),get('general.architecture')
     if arch!='gpt2': hf['rope_scaling'] = gguf_scaling(unpack, tensors, hf, lambda key: get(f'{arch}.{key}'))
     cfg = config_from_hf(hf, str(path))
-    return GGUF(cfg, *weight_reader(cfg, arch, unpack, tensors), gguf_tokenizer(get, path.stem), gguf_template(get, path.stem))
+    read,names = weight_reader(cfg, arch, unpack, tensors)
+    return GGUF(cfg, read, names, gguf_tokenizer(get, path.stem), gguf_template(get, path.stem))
 
 # %% ../nbs/03c_gguf.ipynb #03541550
 def gguf_template(

