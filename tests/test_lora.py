@@ -168,6 +168,29 @@ def test_a_torn_adapter_is_refused_and_changes_nothing(family):
     assert not adapted(plain) and trainable_share(plain).n_trainable == trainable_share(plain).n_all
 
 
+@pytest.mark.parametrize('ours_first', [True, False])
+def test_trained_tokens_cross_to_peft(family, ours_first):
+    "Rows of two new tokens travel with the adapter, in both directions"
+    name, theirs, ours, folder = family
+    tokens = [96, 40] if ours.cfg.tied else {'embed_tokens': [96, 40], 'lm_head': [96, 40]}
+    if ours_first:
+        shake(add_lora(ours, LoraConfig(4, targets=tuple(TARGETS[name]), tokens=(96, 40))))
+        for table in ours.token_rows: getattr(ours, table).weight.data[[40, 96]] += 0.3
+        save_adapter(folder/'adapter', ours)
+        made = peft.PeftModel.from_pretrained(theirs, folder/'adapter').eval()
+    else:
+        made = peft.get_peft_model(theirs, peft.LoraConfig(r=4, target_modules=TARGETS[name], trainable_token_indices=tokens,
+                                   task_type='CAUSAL_LM', init_lora_weights=False, fan_in_fan_out=name=='gpt2')).eval()
+        for n,p in made.named_parameters():
+            if 'trainable_tokens_delta' in n: p.data += 0.1*torch.arange(2.)[:,None] + 0.1
+        made.save_pretrained(folder/'adapter')
+        load_adapter(folder/'adapter', ours)
+    probe = torch.cat([ids, torch.tensor([[40, 96]*10])])
+    with torch.no_grad(): torch.testing.assert_close(ours(probe), made(probe).logits, atol=1e-5, rtol=1e-5)
+    before = load_model(folder/'base').model.eval()
+    torch.testing.assert_close(remove_lora(ours)(probe), before(probe), atol=0, rtol=0)
+
+
 def test_unknown_targets_name_the_near_misses():
     torch.manual_seed(3)
     from sft_nb.decoder import Decoder, ModelConfig
