@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['ACTS', 'ROPE_TYPES', 'ModelConfig', 'count_parameters', 'count_flops', 'Norm', 'in_float32', 'rope_frequencies',
-           'rope_tables', 'turn', 'Layout', 'causal_mask', 'attend', 'Shortcuts', 'attend_rows', 'KVCache', 'Block',
-           'Decoder', 'batch_loss', 'naive_loss', 'gradients_of', 'compare_with_naive', 'compile_blocks']
+           'rope_tables', 'turn', 'rectangles', 'Group', 'Layout', 'causal_mask', 'attend', 'Shortcuts', 'attend_rows',
+           'KVCache', 'product', 'weight_gradient', 'Linear', 'Block', 'Decoder', 'batch_loss', 'naive_loss',
+           'gradients_of', 'compare_with_naive', 'compile_blocks']
 
 # %% ../nbs/03a_decoder.ipynb #dbaeb58e
 import math
@@ -251,35 +252,68 @@ class _Turn(torch.autograd.Function):
         turn(g.view(ctx.shape)[:,:ctx.heads[0]], cos, -sin)
         return g, None, None, None
 
-# %% ../nbs/03a_decoder.ipynb #fb154329
+# %% ../nbs/03a_decoder.ipynb #4864fd62
+def rectangles(
+    lens:np.ndarray, # Length of each row (B,)
+    n_shared:int, # Keys that all rows have before their own
+    min_saving:float, # Pairs of a query and a key that one more rectangle must save
+)->list: # Arrays of row numbers, each a rectangle
+    "Part rows by length, as long as that saves enough"
+    area = lambda row: lens[row]*(lens[row] + n_shared)
+    def part(rows):
+        savings = [k*(area(rows[-1]) - area(rows[k-1])) for k in range(1, len(rows))]
+        if max(savings, default=-1)<min_saving: return [np.sort(rows)]
+        cut = int(np.argmax(savings)) + 1
+        return part(rows[:cut]) + part(rows[cut:])
+    return part(np.argsort(lens, kind='stable'))
+
+# %% ../nbs/03a_decoder.ipynb #b768d83a
+@dataclass
+class Group:
+    "A rectangle of rows"
+    B:int # Rows
+    T:int # Queries of a row
+    S:int # Keys of a row
+
+
 class Layout:
     "Where the heads of the flat positions stand in attention's rectangles, worked out once a batch for all layers"
     def __init__(self,
         cfg:ModelConfig, # Says how many heads there are
         batch, # Flat `Batch`, or what has its `ids_N`, `pos_N`, `starts_B1` and `n_prefix`
         past=None, # `KVCache` with what came before
+        min_saving:float=math.inf, # As for `rectangles`; on a GPU and with a cache there is one
     ):
         self.cfg,self.past,self.masks,dev = cfg,past,{},batch.pos_N.device
         H,K,P = cfg.n_heads,cfg.n_kv_heads,batch.n_prefix
         starts = batch.starts_B1.cpu().numpy()
         lens = np.diff(starts)
-        B,T,Q = len(lens),int(lens.max()),H + 2*K
-        slots_BT = starts[:-1,None] + np.minimum(np.arange(T), lens[:,None] - 1) # a pad repeats its row's last token
-        keys_BS = slots_BT if past is not None else np.concatenate([np.tile(np.arange(P), (B, 1)), slots_BT], 1)
-        S = keys_BS.shape[1]
+        if past is not None or dev.type!='cpu': min_saving = math.inf
+        Q,col_M,row_M = H + 2*K,np.arange(P, starts[-1]) - np.repeat(starts[:-1], lens),np.repeat(np.arange(len(lens)), lens)
         heads = lambda pos,first,n: (pos[:,None,:]*Q + first + np.arange(n)[:,None]).ravel()
-        take = np.concatenate([heads(slots_BT, 0, H), heads(keys_BS, H, K), heads(keys_BS, H + K, K)])
-        row_M = np.repeat(np.arange(B), lens)
-        col_M = np.arange(P, starts[-1]) - np.repeat(starts[:-1], lens)
-        slot = lambda n,width,first: (row_M[:,None]*n + np.arange(n))*width + col_M[:,None] + first
-        q,k = slot(H, T, 0),slot(K, S, B*H*T + S - T)
-        out = np.concatenate([np.arange(P)[:,None] + np.arange(H)*P, H*P + q])
+        self.groups,self.sizes,take = [],[],[]
+        put,out,n_taken,n_out = np.empty((len(row_M), Q), np.int64),np.empty((len(row_M), H), np.int64),0,H*P
+        for rows in rectangles(lens, P, min_saving):
+            B,T = len(rows),int(lens[rows].max())
+            slots_BT = starts[rows,None] + np.minimum(np.arange(T), lens[rows,None] - 1) # a pad repeats its row's last token
+            keys_BS = slots_BT if past is not None else np.concatenate([np.tile(np.arange(P), (B, 1)), slots_BT], 1)
+            S = keys_BS.shape[1]
+            take += heads(slots_BT, 0, H),heads(keys_BS, H, K),heads(keys_BS, H + K, K)
+            at = np.empty(len(lens), np.int64)
+            at[rows] = np.arange(B)
+            mine = np.flatnonzero(np.isin(row_M, rows))
+            slot = lambda n,width: (at[row_M[mine],None]*n + np.arange(n))*width + col_M[mine,None]
+            q,k = slot(H, T),slot(K, S) + B*H*T + S - T
+            put[mine],out[mine] = n_taken + np.concatenate([q, k, k + B*K*S], 1),n_out + q
+            self.groups.append(Group(B, T, S))
+            self.sizes += B*H*T,B*K*S,B*K*S
+            n_taken,n_out = n_taken + B*(H*T + 2*K*S),n_out + B*H*T
         to = lambda a: torch.from_numpy(np.ascontiguousarray(a)).to(dev)
-        self.P,self.B,self.T,self.S = P,B,T,S
-        self.take,self.put,self.out = to(take),to(np.concatenate([q, k, k + B*K*S], 1).ravel()),to(out)
-        self.sizes = B*H*T,B*K*S,B*K*S
+        self.P,self.T = P,int(lens.max())
+        self.take,self.put = to(np.concatenate(take)),to(put.ravel())
+        self.out = to(np.concatenate([np.arange(P)[:,None] + np.arange(H)*P, out]))
         if past is not None: past.begin(self, to(lens))
-        self.length = P + T if past is None else past.n_prefix + past.n_slots
+        self.length = P + self.T if past is None else past.n_prefix + past.n_slots
 
     def past_masks(self, window, dtype):
         "The same for keys in a cache"
@@ -289,13 +323,12 @@ class Layout:
         return self.masks[key]
 
     def masks_of(self, window, dtype):
-        "What to add to scores, 0 or -inf: (for the rows' queries, for the preamble's)"
+        "What to add to scores, 0 or -inf: for the queries of each rectangle, at last for the preamble's"
         if window is not None and window>=self.length: window = None
         if (window,dtype) not in self.masks:
-            G,dev = self.cfg.n_heads//self.cfg.n_kv_heads,self.take.device
-            own,pre = torch.arange(self.S, device=dev),torch.arange(self.P, device=dev)
-            self.masks[window,dtype] = (causal_mask(own[self.S - self.T:], own, window, G, dtype),
-                                        causal_mask(pre, pre, window, G, dtype))
+            G,key = self.cfg.n_heads//self.cfg.n_kv_heads,torch.arange(self.P + self.T, device=self.take.device)
+            self.masks[window,dtype] = [causal_mask(key[S - T:S], key[:S], window, G, dtype)
+                                        for T,S in [*((g.T, g.S) for g in self.groups), (self.P, self.P)]]
         return self.masks[window,dtype]
 
 # %% ../nbs/03a_decoder.ipynb #ecb82ac1
@@ -312,45 +345,44 @@ def causal_mask(
     mask = torch.zeros(hidden.shape, dtype=dtype, device=key.device).masked_fill_(hidden, -torch.inf)
     return mask.repeat(*[1]*(mask.dim() - 2), n_heads, 1)
 
-# %% ../nbs/03a_decoder.ipynb #b0b1a79a
+# %% ../nbs/03a_decoder.ipynb #9c4789e9
 class _TakeHeads(torch.autograd.Function):
-    "Flat heads (N, H+2K, d) to queries (B, K, G*T, d), keys and values (B, K, S, d), and the preamble's own three"
+    "Flat heads (N, H+2K, d) to queries (B, K, G*T, d), keys and values (B, K, S, d) of each rectangle, at last of the preamble"
     @staticmethod
     def forward(ctx, x, lay):
         ctx.lay,ctx.shape = lay,x.shape
         c,d = lay.cfg,x.shape[-1]
-        q,k,v = x.view(-1, d).index_select(0, lay.take).split(lay.sizes)
-        rows = q.view(lay.B, c.n_kv_heads, -1, d),k.view(lay.B, c.n_kv_heads, -1, d),v.view(lay.B, c.n_kv_heads, -1, d)
-        if not lay.P: return rows
+        parts = x.view(-1, d).index_select(0, lay.take).split(lay.sizes)
+        rows = [p.view(lay.groups[i//3].B, c.n_kv_heads, -1, d) for i,p in enumerate(parts)]
+        if not lay.P: return *rows,
         q,k,v = x[:lay.P].transpose(0, 1).contiguous().split([c.n_heads, c.n_kv_heads, c.n_kv_heads])
         return *rows, q.view(1, c.n_kv_heads, -1, d), k[None], v[None]
     @staticmethod
-    def backward(ctx, gq, gk, gv, *pre):
+    def backward(ctx, *grads):
         lay,P,d = ctx.lay,ctx.lay.P,ctx.shape[-1]
-        dx = gq.new_empty(ctx.shape)
-        rows = torch.cat([gq.reshape(-1, d), gk.reshape(-1, d), gv.reshape(-1, d)])
-        torch.index_select(rows, 0, lay.put, out=dx[P:].view(-1, d))
+        dx,n = grads[0].new_empty(ctx.shape),3*len(lay.groups)
+        torch.index_select(torch.cat([g.reshape(-1, d) for g in grads[:n]]), 0, lay.put, out=dx[P:].view(-1, d))
         if P:
-            pq,pk,pv = pre
-            if lay.S>lay.T: pk,pv = pk + gk[:,:,:P].sum(0),pv + gv[:,:,:P].sum(0)
+            pq,pk,pv = grads[n:]
+            for i,g in enumerate(lay.groups):
+                if g.S>g.T: pk,pv = pk + grads[3*i+1][:,:,:P].sum(0),pv + grads[3*i+2][:,:,:P].sum(0)
             dx[:P] = torch.cat([pq.reshape(-1, P, d), pk[0], pv[0]]).transpose(0, 1)
         return dx, None
 
-# %% ../nbs/03a_decoder.ipynb #e398d0ff
+# %% ../nbs/03a_decoder.ipynb #4a52aae5
 class _PutBack(torch.autograd.Function):
-    "Attention's rectangles to flat positions (M, H*d), where `index` (M, H) says where each head stands"
+    "Attention's rectangles to flat positions (M, H*d), where `index` (M, H) says where each head stands: first the preamble's"
     @staticmethod
-    def forward(ctx, index, rows, pre=None):
-        d = rows.shape[-1]
-        ctx.index,ctx.shapes = index,(rows.shape, None if pre is None else pre.shape)
-        flat = rows.reshape(-1, d) if pre is None else torch.cat([pre.reshape(-1, d), rows.reshape(-1, d)])
-        return flat.index_select(0, index.view(-1)).view(len(index), -1)
+    def forward(ctx, index, *rows):
+        d = rows[0].shape[-1]
+        ctx.index,ctx.shapes = index,[r.shape for r in rows]
+        flat = torch.cat([r.reshape(-1, d) for r in rows])
+        return flat.index_select(0, index.view(-1)).view(len(index), d*index.shape[1])
     @staticmethod
     def backward(ctx, g):
-        rows,pre = ctx.shapes
-        n = 0 if pre is None else math.prod(pre[:-1])
-        flat = g.new_zeros(n + math.prod(rows[:-1]), rows[-1]).index_copy_(0, ctx.index.view(-1), g.view(-1, rows[-1]))
-        return None, flat[n:].view(rows), None if pre is None else flat[:n].view(pre)
+        d,sizes = ctx.shapes[0][-1],[math.prod(s[:-1]) for s in ctx.shapes]
+        flat = g.new_zeros(sum(sizes), d).index_copy_(0, ctx.index.view(-1), g.reshape(-1, d))
+        return None, *(part.view(s) for part,s in zip(flat.split(sizes), ctx.shapes))
 
 # %% ../nbs/03a_decoder.ipynb #3535108a
 def attend(
@@ -378,12 +410,13 @@ def attend(
 
 def _cap(scores, cap): return scores if cap is None else cap*torch.tanh(scores/cap)
 
-# %% ../nbs/03a_decoder.ipynb #8750fedb
+# %% ../nbs/03a_decoder.ipynb #295ef13f
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, mask, scale):
         shape,(q,k,v) = q.shape,(x.flatten(0, 1) for x in (q, k, v))
-        shares = torch.baddbmm(mask[None], q, k.mT, alpha=scale).softmax(-1)
+        scores = torch.baddbmm(mask[None], q, k.mT, alpha=scale)
+        shares = in_float32(scores).softmax(-1).to(scores.dtype) # softmax of 16-bit scores takes twice the time
         ctx.save_for_backward(q, k, v, shares)
         ctx.scale = scale
         return torch.bmm(shares, v).view(shape)
@@ -396,13 +429,14 @@ class _Attend(torch.autograd.Function):
         dq,dk = torch.bmm(dscores, k),torch.bmm(dscores.mT, q)
         return *(x.view(*shape[:2], *x.shape[1:]) for x in (dq, dk, dv)), None, None
 
-# %% ../nbs/03a_decoder.ipynb #14517f34
+# %% ../nbs/03a_decoder.ipynb #d4aee87e
 @dataclass
 class Shortcuts:
     "What a model does to be fast; every one of them is exact"
-    by_hand:bool = True # Use the derivatives written here instead of autograd's
+    by_hand:bool = True # Use the derivatives written here instead of autograd's, and the faster library's products
+    min_saving:float = 4096 # Pairs of positions that one more rectangle of attention must save, on a CPU; inf: one for all
     attention:str = 'auto' # 'products' (two batched products), 'fused' (torch's kernel), 'auto': by length and device
-    long_rows:int = 256 # From this many positions on, 'auto' takes the fused kernel
+    long_rows:int = 512 # From this many positions on, 'auto' takes the fused kernel
     ends_at_targets:bool = True # The last block's tail and the head see targets only
     one_gradient:bool = True # A tied table has one gradient: what reading ids adds is written into the head's
     recompute:bool = False # Forget what blocks computed and do it again in the backward pass: slower, needs less memory
@@ -464,6 +498,49 @@ class KVCache:
         "Let the other rows leave"
         self.lengths,self.own = self.lengths[rows],{i: kv[:,rows] for i,kv in self.own.items()}
 
+# %% ../nbs/03a_decoder.ipynb #cac4690c
+_onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise')
+
+def product(
+    x:Tensor, # (N, I)
+    weight:Tensor, # (O, I)
+    bias:Tensor=None, # (O,)
+)->Tensor: # (N, O), without graph
+    "`x @ weight.T + bias`, by the library that is faster for it"
+    if _onednn and x.dtype==weight.dtype==torch.float32 and x.device.type=='cpu' and len(x):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
+    return F.linear(x, weight, bias)
+
+
+def weight_gradient(
+    weight:Tensor, # A parameter
+    a:Tensor, # (O, N)
+    b:Tensor, # (N, I)
+)->Tensor: # (O, I), or None if `weight.grad` is set
+    "`a @ b` as gradient of `weight`, written to its free `grad_place` if it has one"
+    place = getattr(weight, 'grad_place', None)
+    if place is None or weight.grad is not None or weight._backward_hooks or weight._post_accumulate_grad_hooks: return a @ b
+    weight.grad = torch.mm(a, b, out=place)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return product(x, weight, bias)
+    @staticmethod
+    def backward(ctx, g):
+        (x,weight),wants = ctx.saved_tensors,ctx.needs_input_grad
+        return (product(g, weight.mT) if wants[0] else None, weight_gradient(weight, g.mT, x) if wants[1] else None,
+                g.sum(0) if wants[2] else None)
+
+
+class Linear(nn.Linear):
+    "A linear map of flat positions"
+    def forward(self, x:Tensor, by_hand:bool=True)->Tensor: # (N, I) to (N, O)
+        if by_hand and type(self.weight.data) is Tensor: return _Linear.apply(x, self.weight, self.bias)
+        return F.linear(x, self.weight, self.bias)
+
 # %% ../nbs/03a_decoder.ipynb #94c27b1d
 class _SwiGLU(torch.autograd.Function):
     "`silu` of the first half times the second half"
@@ -482,7 +559,7 @@ class _SwiGLU(torch.autograd.Function):
         torch.ops.aten.silu_backward.grad_input(g*up, gate, grad_input=dgate)
         return dx
 
-# %% ../nbs/03a_decoder.ipynb #f84e084a
+# %% ../nbs/03a_decoder.ipynb #59ca2e6d
 class Block(nn.Module):
     "Attention and MLP, each on a normed copy of the residual stream and added back to it"
     def __init__(self,
@@ -492,18 +569,18 @@ class Block(nn.Module):
         super().__init__()
         self.cfg,self.i,self.window,D,d = cfg,i,cfg.window_of(i),cfg.width,cfg.head_dim
         self.attn_norm,self.mlp_norm = Norm(D, cfg),Norm(D, cfg)
-        self.qkv = nn.Linear(D, (cfg.n_heads + 2*cfg.n_kv_heads)*d, bias=cfg.qkv_bias)
-        self.o = nn.Linear(cfg.n_heads*d, D, bias=cfg.o_bias)
+        self.qkv = Linear(D, (cfg.n_heads + 2*cfg.n_kv_heads)*d, bias=cfg.qkv_bias)
+        self.o = Linear(cfg.n_heads*d, D, bias=cfg.o_bias)
         if cfg.qk_norm: self.q_norm,self.k_norm = Norm(d, cfg),Norm(d, cfg)
-        if cfg.gated_mlp: self.gate_up = nn.Linear(D, 2*cfg.mlp_width, bias=cfg.mlp_bias)
-        else: self.up = nn.Linear(D, cfg.mlp_width, bias=cfg.mlp_bias)
-        self.down = nn.Linear(cfg.mlp_width, D, bias=cfg.mlp_bias)
+        if cfg.gated_mlp: self.gate_up = Linear(D, 2*cfg.mlp_width, bias=cfg.mlp_bias)
+        else: self.up = Linear(D, cfg.mlp_width, bias=cfg.mlp_bias)
+        self.down = Linear(cfg.mlp_width, D, bias=cfg.mlp_bias)
         if cfg.sandwich: self.attn_out_norm,self.mlp_out_norm = Norm(D, cfg),Norm(D, cfg)
 
     def heads(self, h, tables, cuts):
         "Queries, keys and values (N, H+2K, d), turned by their positions"
         c = self.cfg
-        x = self.qkv(self.attn_norm(h, cuts.by_hand))
+        x = self.qkv(self.attn_norm(h, cuts.by_hand), cuts.by_hand)
         if c.qk_norm:
             q,k,v = x.view(len(x), -1, c.head_dim).split([c.n_heads, c.n_kv_heads, c.n_kv_heads], 1)
             x = torch.cat([self.q_norm(q, cuts.by_hand), self.k_norm(k, cuts.by_hand), v], 1).flatten(1)
@@ -513,40 +590,41 @@ class Block(nn.Module):
     def attention(self, x, lay, cuts, at_M=None):
         "What each position (or each of `at_M`) finds in its row: (N or M, H*d)"
         c,past = self.cfg,lay.past
-        (q,k,v),pre = (heads:=_TakeHeads.apply(x, lay))[:3],heads[3:]
-        mask,pre_mask = lay.masks_of(self.window, x.dtype)
-        out = [attend_rows(pre, lay, pre_mask, self.window, cuts)] if pre else []
-        if past is None: rows = attend_rows((q, k, v), lay, mask, self.window, cuts)
+        heads,masks,n = _TakeHeads.apply(x, lay),lay.masks_of(self.window, x.dtype),len(lay.groups)
+        groups,pre = [heads[3*i:3*i+3] for i in range(n)],heads[3*n:]
+        out = [attend_rows(pre, lay, masks[n], self.window, cuts)] if pre else []
+        if past is None: out += [attend_rows(g, lay, m, self.window, cuts) for g,m in zip(groups, masks)]
         else:
             if pre: past.shared[self.i] = pre[1][0].detach(),pre[2][0].detach()
-            own,common = lay.past_masks(self.window, x.dtype)
+            (q,k,v),(own,common) = groups[0],lay.past_masks(self.window, x.dtype)
             shared = (*past.shared[self.i], common) if past.n_prefix else ()
-            rows = attend(q, *past.extend(self.i, k, v), own, c.scale, c.score_cap, shared)
-        return _PutBack.apply(lay.out if at_M is None else lay.out[at_M], rows, *out)
+            out.append(attend(q, *past.extend(self.i, k, v), own, c.scale, c.score_cap, shared))
+        return _PutBack.apply(lay.out if at_M is None else lay.out[at_M], *out)
 
     def mlp(self, h, cuts):
         "What the MLP makes of each position"
-        c,x = self.cfg,self.mlp_norm(h, cuts.by_hand)
-        if not c.gated_mlp: return self.down(ACTS[c.act](self.up(x)))
-        x = self.gate_up(x)
-        if c.act=='silu' and cuts.by_hand: return self.down(_SwiGLU.apply(x))
+        c,hand = self.cfg,cuts.by_hand
+        x = self.mlp_norm(h, hand)
+        if not c.gated_mlp: return self.down(ACTS[c.act](self.up(x, hand)), hand)
+        x = self.gate_up(x, hand)
+        if c.act=='silu' and hand: return self.down(_SwiGLU.apply(x), hand)
         gate,up = x.chunk(2, -1)
-        return self.down(ACTS[c.act](gate)*up)
+        return self.down(ACTS[c.act](gate)*up, hand)
 
     def forward(self, h:Tensor, lay:Layout, tables:tuple, cuts:Shortcuts, at_M:Tensor=None)->Tensor:
         "The residual stream behind this block; only positions `at_M` of it if they are given"
-        found = self.o(self.attention(self.heads(h, tables, cuts), lay, cuts, at_M))
+        found = self.o(self.attention(self.heads(h, tables, cuts), lay, cuts, at_M), cuts.by_hand)
         if at_M is not None: h = h.index_select(0, at_M)
         h = h + (self.attn_out_norm(found) if self.cfg.sandwich else found)
         found = self.mlp(h, cuts)
         return h + (self.mlp_out_norm(found) if self.cfg.sandwich else found)
 
-# %% ../nbs/03a_decoder.ipynb #14c09228
+# %% ../nbs/03a_decoder.ipynb #a9f36af7
 class _TargetLoss(torch.autograd.Function):
     "Sum of weight times cross-entropy of `h @ table.T` at `labels`"
     @staticmethod
-    def forward(ctx, h, table, labels, weight, cap, chunk, wants):
-        loss,grads,parts = h.new_zeros((), dtype=torch.float32),[],list(range(0, len(h), chunk))
+    def forward(ctx, h, table, labels, weight, cap, chunk, wants, owner=()):
+        loss,parts = h.new_zeros((), dtype=torch.float32),range(0, max(len(h), 1), chunk)
         dh,dtable = (torch.empty_like(h) if wants[0] and len(parts)>1 else None),None
         for i in parts:
             x,w = h[i:i+chunk],weight[i:i+chunk]
@@ -554,23 +632,24 @@ class _TargetLoss(torch.autograd.Function):
             loss += part
             if len(parts)==1: ctx.save_for_backward(h, table, p)
             elif p is not None:
-                if wants[0]: torch.mm(p, table, out=dh[i:i+chunk])
+                if wants[0]: dh[i:i+chunk] = product(p, table.mT)
                 if wants[1]: dtable = p.T @ x if dtable is None else dtable.addmm_(p.T, x)
-        ctx.wants,ctx.done = wants,None if len(parts)==1 else (dh, dtable)
+        ctx.wants,ctx.owner,ctx.done = wants,owner,None if len(parts)==1 else (dh, dtable)
         return loss
     @staticmethod
     def backward(ctx, g):
         if ctx.done is None:
             h,table,p = ctx.saved_tensors
             p = p*g
-            return p @ table if ctx.wants[0] else None, p.T @ h if ctx.wants[1] else None, *[None]*5
+            dtable = weight_gradient(*(ctx.owner or [table]), p.mT, h) if ctx.wants[1] else None
+            return product(p, table.mT) if ctx.wants[0] else None, dtable, *[None]*6
         (dh,dtable),ctx.done = ctx.done,None
-        return None if dh is None else dh*g, None if dtable is None else dtable.mul_(g), *[None]*5
+        return None if dh is None else dh*g, None if dtable is None else dtable.mul_(g), *[None]*6
 
 
 def _chunk_loss(x, table, labels, weight, cap, wants_gradient):
     "Loss of one chunk, and its derivative by the logits before the cap"
-    logits = _cap((x @ table.T).float(), cap)
+    logits = _cap(product(x, table).float(), cap)
     logp = logits.log_softmax(-1)
     loss = -(logp.gather(1, labels[:,None])[:,0]*weight).sum()
     if not wants_gradient: return loss, None
@@ -580,19 +659,23 @@ def _chunk_loss(x, table, labels, weight, cap, wants_gradient):
     if cap is not None: p *= 1 - (logits/cap).square_()
     return loss, p.to(table.dtype)
 
-# %% ../nbs/03a_decoder.ipynb #0fb4a849
+# %% ../nbs/03a_decoder.ipynb #98fe7db9
 class _Twice(torch.autograd.Function):
     "A table for reading ids, whose gradient may be sparse, and the same table for the head"
     @staticmethod
     def forward(ctx, table):
         ctx.set_materialize_grads(False)
+        ctx.save_for_backward(table)
         return table.view_as(table), table.view_as(table)
     @staticmethod
     def backward(ctx, reads, head):
-        if head is None or reads is None: return reads.to_dense() if head is None else head
-        return head.add_(reads)
+        (table,) = ctx.saved_tensors
+        if reads is None: return head
+        if head is not None: return head.add_(reads)
+        if table.grad is None: return reads.to_dense()
+        table.grad.add_(reads) # where the head's gradient has been written to its place
 
-# %% ../nbs/03a_decoder.ipynb #076c56bb
+# %% ../nbs/03a_decoder.ipynb #a088e92a
 class Decoder(nn.Module):
     "Embedding, blocks, norm and head"
     def __init__(self,
@@ -623,7 +706,7 @@ class Decoder(nn.Module):
         table:Tensor=None, # Embedding to use; None: the model's own
     )->Tensor: # (N or M, D) in the precision of the weights
         "Hidden states behind the last norm"
-        c,lay = self.cfg,Layout(self.cfg, batch, past)
+        c,lay = self.cfg,Layout(self.cfg, batch, past, self.shortcuts.min_saving)
         own = table is None
         h = in_float32(F.embedding(batch.ids_N, self.embed.weight if own else table, sparse=not own))
         if c.embed_scale!=1: h = h*c.embed_scale
@@ -649,11 +732,12 @@ class Decoder(nn.Module):
     )->Tensor: # Scalar, float32, with its graph
         "Sum over the batch's targets of weight times negative log-likelihood, in nats"
         cuts,table,reads,grad = self.shortcuts,self.head_weight,None,torch.is_grad_enabled()
+        owner = (table,) if cuts.by_hand else ()
         at_M = batch.weight_N.nonzero()[:,0]
         if cuts.one_gradient and self.cfg.tied and grad and table.requires_grad: reads,table = _Twice.apply(table)
         h = self.hidden(batch, at_M, table=reads) if cuts.ends_at_targets else self.hidden(batch, table=reads)[at_M]
         wants = grad and h.requires_grad, grad and table.requires_grad
-        return _TargetLoss.apply(h, table, batch.labels_N[at_M], batch.weight_N[at_M], self.cfg.logit_cap, chunk, wants)
+        return _TargetLoss.apply(h, table, batch.labels_N[at_M], batch.weight_N[at_M], self.cfg.logit_cap, chunk, wants, owner)
 
     def forward(self,
         x, # Flat `Batch`, or ids (B, T) of rows that are all full

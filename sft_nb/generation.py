@@ -332,7 +332,7 @@ def pack_weight(
         op = torch.ops.mkldnn
         if weight.dtype==torch.bfloat16 and not op._is_mkldnn_bf16_supported(): return None
         packed = op._reorder_linear_weight(weight.detach())
-        run = lambda x: op._linear_pointwise(x, packed, bias, 'none', [], '')
+        run = lambda x, *_: op._linear_pointwise(x, packed, bias, 'none', [], '')
         run(weight.new_zeros(1, weight.shape[1]))
         return run
     except (AttributeError, RuntimeError): return None
@@ -345,7 +345,7 @@ class Ready:
         pack:bool=True, # Lay weights out?
     ):
         self.model,self.depth = model,0
-        linears = [m for m in model.modules() if type(m) is nn.Linear] if pack else []
+        linears = [m for m in model.modules() if isinstance(m, nn.Linear)] if pack else []
         packed = ((m, pack_weight(m.weight, m.bias)) for m in linears)
         self.packed = [(m, run) for m,run in packed if run]
         self.table = pack_weight(model.head_weight) if pack else None

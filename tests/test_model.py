@@ -194,10 +194,19 @@ def test_shortcuts(kind, shape):
     for p in model.parameters(): p.data += 0.1*torch.randn_like(p)
     for learn in ('answer', 'mixed'):
         batch = collate_examples(examples(lengths, n_same, random.Random(shape), learn))
-        for cuts in (Shortcuts(), Shortcuts(attention='fused'), Shortcuts(by_hand=False), Shortcuts(recompute=True)):
+        for cuts in (Shortcuts(), Shortcuts(min_saving=1), Shortcuts(attention='fused', min_saving=20), Shortcuts(by_hand=False), Shortcuts(recompute=True)):
             model.shortcuts = cuts
             diff = compare_with_naive(model, batch)
             assert diff['loss']<1e-5 and diff['gradient']<1e-5, (cuts, diff)
+
+
+def test_batch_without_targets():
+    "One of several processes may have nothing to learn: its loss is 0, and so are its gradients"
+    model, batch = Decoder(TOYS['llama']), collate_prompts([[5, 6, 7], [8, 9]])
+    loss, n = batch_loss(model, batch)
+    loss.backward()
+    assert loss.item()==n==0
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
 @pytest.mark.slow

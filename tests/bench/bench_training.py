@@ -15,6 +15,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -49,6 +50,7 @@ MAIN = ['ours_bf16', 'trl_bf16', 'ours_fp32', 'trl_fp32', 'trl_default', 'plain_
 def prepare(folder):
     "Two model folders in the Hugging Face layout and the rows of the main job, written once"
     if (folder/'rows.npz').exists(): return
+    for name in ('smollm2', 'gpt2'): shutil.rmtree(folder/name, ignore_errors=True)  # of a start that was stopped
     import torch
     sys.path.insert(0, str(ROOT))
     from sft_nb.data import default_data_file, load_records, split_records
