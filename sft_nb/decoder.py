@@ -498,7 +498,7 @@ class KVCache:
         "Let the other rows leave"
         self.lengths,self.own = self.lengths[rows],{i: kv[:,rows] for i,kv in self.own.items()}
 
-# %% ../nbs/03a_decoder.ipynb #cac4690c
+# %% ../nbs/03a_decoder.ipynb #9615abbb
 _onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise')
 
 def product(
@@ -538,7 +538,8 @@ class _Linear(torch.autograd.Function):
 class Linear(nn.Linear):
     "A linear map of flat positions"
     def forward(self, x:Tensor, by_hand:bool=True)->Tensor: # (N, I) to (N, O)
-        if by_hand and type(self.weight.data) is Tensor: return _Linear.apply(x, self.weight, self.bias)
+        own = by_hand and type(self.weight.data) is Tensor and not torch.compiler.is_compiling()
+        if own: return _Linear.apply(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
 
 # %% ../nbs/03a_decoder.ipynb #94c27b1d
@@ -801,11 +802,11 @@ def compare_with_naive(
     worst = max(((ours[n] - g).norm()/g.norm()).item() for n,g in theirs.items() if g.norm()>0)
     with torch.no_grad(): return dict(loss=abs(fast()/naive() - 1).item(), gradient=worst)
 
-# %% ../nbs/03a_decoder.ipynb #b627cdde
+# %% ../nbs/03a_decoder.ipynb #fb989040
 def compile_blocks(
     model:Decoder, # Changed in place
 )->Decoder: # `model`
     "Compile each block for batches of any shape; the first batch waits for it"
-    model.shortcuts = replace(model.shortcuts, by_hand=False)
+    model.shortcuts = replace(model.shortcuts, by_hand=False, min_saving=math.inf)
     for block in model.blocks: block.compile(dynamic=True)
     return model

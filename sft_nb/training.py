@@ -9,7 +9,7 @@ __all__ = ['SCHEDULES', 'micro_batches', 'accumulate', 'World', 'processes', 'va
            'store', 'fetch', 'elapsed', 'resume', 'go', 'block_options', 'train', 'plot_losses', 'sample_answers',
            'live_plot', 'tensorboard', 'weights_and_biases']
 
-# %% ../nbs/05_training.ipynb #0b056d3f
+# %% ../nbs/05_training.ipynb #dd8fbf31
 import hashlib, json, math, os, sys, time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -21,6 +21,7 @@ import torch.distributed as dist
 from tqdm.auto import tqdm
 from .data import InputError, save_json, write_atomic
 from .collate import batch_order, lay_flat
+from .decoder import compile_blocks
 from .model import batch_loss
 from .optimizer import FlatAdamW, choose_dtype, keep_memory
 from .checkpoints import differences, newest_checkpoint, read_tensors, save_checkpoint, stop_signals
@@ -139,7 +140,7 @@ def validate(
     if not count: raise InputError(f"validation: no target in {len(rows)} rows; check loss_on and the length limit")
     return total/count
 
-# %% ../nbs/05_training.ipynb #52b4c7b5
+# %% ../nbs/05_training.ipynb #2d6350ee
 SCHEDULES = ('cosine', 'linear', 'wsd', 'constant')
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ class TrainConfig:
     share_prefix:bool=True # Compute a beginning that all rows of a batch share only once
     shard:bool=False # With several processes: divide weights and averages among them (FSDP2) instead of repeating them
     recompute:bool=False # Forget what a block computed and compute it again in the backward pass: less memory, more time
-    compile:bool=False # Compile each block: a minute or more at the start, some per cent faster afterwards
+    compile:bool=False # Compile each block: a minute or more at the start, and it may not be faster afterwards: measure
 
     def __post_init__(self):
         def need(ok, name, rule):
@@ -541,13 +542,12 @@ def go(
 
 Run.go = go
 
-# %% ../nbs/05_training.ipynb #594b4551
+# %% ../nbs/05_training.ipynb #b0708f72
 @contextmanager
 def block_options(model, cfg):
     "While inside, blocks are compiled or recomputed as `cfg` says"
     cuts,model.shortcuts = model.shortcuts,replace(model.shortcuts, recompute=cfg.recompute)
-    if cfg.compile:
-        for b in model.blocks: b.compile(dynamic=True)
+    if cfg.compile: compile_blocks(model)
     try: yield
     finally:
         model.shortcuts = cuts
