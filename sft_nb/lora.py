@@ -7,7 +7,7 @@ __all__ = ['PEFT_REFUSED', 'LoraConfig', 'linear_parts', 'find_targets', 'Adapte
            'unmoved_tokens', 'add_lora', 'remove_lora', 'Share', 'trainable_share', 'merge_lora', 'adapter_tensors',
            'save_adapter', 'read_adapter_config', 'read_adapter_tensors', 'load_adapter', 'quantize_base']
 
-# %% ../nbs/04a_lora.ipynb #2f30adf0
+# %% ../nbs/04a_lora.ipynb #b9a9b999
 import math, os, shutil, tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,38 +19,34 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .data import InputError, load_json, near_misses, save_json
-from .decoder import Decoder
+from .decoder import Decoder, product
 from .model import hf_names, part_sizes
 
-# %% ../nbs/04a_lora.ipynb #1fc0362a
+# %% ../nbs/04a_lora.ipynb #f375668b
 class _LowRank(torch.autograd.Function):
     "Add scale * (x A^T)_i B_i^T to columns `cuts[i]` of y, in place"
     @staticmethod
     def forward(ctx, y, x, A, B, cuts, scale):
-        A,B = A.to(x.dtype),B.to(x.dtype)
-        z = x @ A.T
-        r = len(A)//len(cuts)
-        at = 0
+        r,at = len(A)//len(cuts),0
+        all_B = B.new_zeros(y.shape[1], len(A), dtype=x.dtype) # each B in its rows and columns, scaled
         for i,(a,b) in enumerate(cuts):
-            y[:,a:b].addmm_(z[:,i*r:(i+1)*r], B[at:at+b-a].T, alpha=scale)
+            all_B[a:b, i*r:(i+1)*r] = B[at:at+b-a]*scale
             at += b - a
+        A = A.to(x.dtype)
+        z = product(x, A)
+        y.addmm_(z, all_B.T)
         ctx.mark_dirty(y)
-        ctx.save_for_backward(x, A, B, z)
+        ctx.save_for_backward(x, A, all_B, z)
         ctx.cuts,ctx.scale = cuts,scale
         return y
 
     @staticmethod
     def backward(ctx, g):
-        x,A,B,z = ctx.saved_tensors
+        x,A,all_B,z = ctx.saved_tensors
         r = len(A)//len(ctx.cuts)
-        dz,dB,at = torch.empty_like(z),torch.empty_like(B),0
-        for i,(a,b) in enumerate(ctx.cuts):
-            part = slice(at, at + b - a)
-            dz[:,i*r:(i+1)*r] = g[:,a:b] @ B[part]
-            dB[part] = g[:,a:b].T @ z[:,i*r:(i+1)*r]
-            at += b - a
-        dz *= ctx.scale
-        return g, dz @ A if ctx.needs_input_grad[1] else None, dz.T @ x, dB*ctx.scale, None, None
+        dz,db = product(g, all_B.T),g.T @ z
+        dB = torch.cat([db[a:b, i*r:(i+1)*r] for i,(a,b) in enumerate(ctx.cuts)])*ctx.scale
+        return g, product(dz, A.T) if ctx.needs_input_grad[1] else None, dz.T @ x, dB, None, None
 
 # %% ../nbs/04a_lora.ipynb #cbcfd5b7
 @dataclass(frozen=True)
