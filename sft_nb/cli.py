@@ -7,10 +7,10 @@ __all__ = ['OPTIONS', 'COMMANDS', 'Stopped', 'new_folder', 'choose_template', 'O
            'open_model', 'prepare', 'fit_vocabulary', 'encode_part', 'train_config', 'answer', 'check_job',
            'train_model', 'train_command', 'run_command', 'print_scores', 'respond_command', 'judge_options',
            'print_judge', 'judge_command', 'compare_command', 'inspect_command', 'chat_command', 'read_line',
-           'build_parser', 'main']
+           'build_parser', 'use_tcmalloc', 'main']
 
-# %% ../nbs/07_cli.ipynb #35d461db
-import argparse, shutil, sys, time
+# %% ../nbs/07_cli.ipynb #a56aba54
+import argparse, os, shutil, sys, time
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -377,7 +377,7 @@ def read_line(
     try: return input('> ' if sys.stdin.isatty() else '').strip()
     except EOFError: return ''
 
-# %% ../nbs/07_cli.ipynb #ce1d9acf
+# %% ../nbs/07_cli.ipynb #af34195d
 COMMANDS = dict(
     run=(run_command, 'data encode model train answer judge', 'tune, answer before and after, score, report'),
     train=(train_command, 'data encode model train', 'tune a model on a file of records'),
@@ -417,11 +417,21 @@ def build_parser(
     return parser
 
 
+def use_tcmalloc():
+    "Begin this process anew under tcmalloc, if it is installed and the user has not chosen what to preload"
+    from sft_nb.optimizer import find_tcmalloc
+    library = find_tcmalloc()
+    if not library or 'LD_PRELOAD' in os.environ: return
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | dict(LD_PRELOAD=library))
+
+
+
 def main(
     argv=None, # Words after `sft_nb`; None: those of this process
 )->int: # Exit status
     "Run one command"
     args = build_parser().parse_args(argv)
+    if argv is None and args.command in ('run', 'train', 'respond'): use_tcmalloc()
     try: args.do(args)
     except (InputError, FileNotFoundError, FileExistsError) as e:
         print(f'sft_nb: {e}', file=sys.stderr)

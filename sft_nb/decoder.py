@@ -620,7 +620,7 @@ class Block(nn.Module):
         found = self.mlp(h, cuts)
         return h + (self.mlp_out_norm(found) if self.cfg.sandwich else found)
 
-# %% ../nbs/03a_decoder.ipynb #a9f36af7
+# %% ../nbs/03a_decoder.ipynb #788bc115
 class _TargetLoss(torch.autograd.Function):
     "Sum of weight times cross-entropy of `h @ table.T` at `labels`"
     @staticmethod
@@ -628,8 +628,8 @@ class _TargetLoss(torch.autograd.Function):
         loss,parts = h.new_zeros((), dtype=torch.float32),range(0, max(len(h), 1), chunk)
         dh,dtable = (torch.empty_like(h) if wants[0] and len(parts)>1 else None),None
         for i in parts:
-            x,w = h[i:i+chunk],weight[i:i+chunk]
-            part,p = _chunk_loss(x, table, labels[i:i+chunk], w, cap, any(wants))
+            x = h[i:i+chunk]
+            part,p = _chunk_loss(product(x, table), labels[i:i+chunk], weight[i:i+chunk], cap, any(wants))
             loss += part
             if len(parts)==1: ctx.save_for_backward(h, table, p)
             elif p is not None:
@@ -641,24 +641,25 @@ class _TargetLoss(torch.autograd.Function):
     def backward(ctx, g):
         if ctx.done is None:
             h,table,p = ctx.saved_tensors
-            p = p*g
-            dtable = weight_gradient(*(ctx.owner or [table]), p.mT, h) if ctx.wants[1] else None
-            return product(p, table.mT) if ctx.wants[0] else None, dtable, *[None]*6
+            dh = product(p, table.mT)*g if ctx.wants[0] else None
+            return dh, weight_gradient(*(ctx.owner or [table]), p.mT, h*g) if ctx.wants[1] else None, *[None]*6
         (dh,dtable),ctx.done = ctx.done,None
         return None if dh is None else dh*g, None if dtable is None else dtable.mul_(g), *[None]*6
 
 
-def _chunk_loss(x, table, labels, weight, cap, wants_gradient):
-    "Loss of one chunk, and its derivative by the logits before the cap"
-    logits = _cap(product(x, table).float(), cap)
-    logp = logits.log_softmax(-1)
-    loss = -(logp.gather(1, labels[:,None])[:,0]*weight).sum()
-    if not wants_gradient: return loss, None
-    p = logp.exp_()
-    p.scatter_add_(1, labels[:,None], p.new_full((len(p), 1), -1.))
-    p *= weight[:,None]
-    if cap is not None: p *= 1 - (logits/cap).square_()
-    return loss, p.to(table.dtype)
+def _chunk_loss(logits, labels, weight, cap, wants_gradient, n_rows=16):
+    "Loss of one chunk, and its derivative by the logits before the cap, which overwrites them; a few rows at a time stay in the cache"
+    loss = weight.new_zeros((), dtype=torch.float32)
+    for rows,label,w in zip(logits.split(n_rows), labels.split(n_rows), weight.split(n_rows)):
+        bent = _cap(in_float32(rows), cap)
+        p = bent.log_softmax(-1)
+        loss -= (p.gather(1, label[:,None])[:,0]*w).sum()
+        if not wants_gradient: continue
+        p.exp_().scatter_add_(1, label[:,None], p.new_full((len(p), 1), -1.))
+        p *= w[:,None]
+        if cap is not None: p *= 1 - (bent/cap).square_()
+        rows.copy_(p)
+    return loss, logits if wants_gradient else None
 
 # %% ../nbs/03a_decoder.ipynb #98fe7db9
 class _Twice(torch.autograd.Function):

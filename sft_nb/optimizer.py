@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'FlatAdamW', 'gather', 'forget', 'grad_norm', 'step', 'bank', 'gradient', 'reduce', 'tensors', 'refresh',
-           'keep_memory', 'product_secs', 'choose_dtype']
+           'find_tcmalloc', 'describe_allocator', 'product_secs', 'choose_dtype']
 
-# %% ../nbs/04c_optimizer.ipynb #581160c8
-import ctypes, math, sys, time
+# %% ../nbs/04c_optimizer.ipynb #a9ecaf8b
+import ctypes.util, math, sys, time
+from pathlib import Path
 import torch
 from torch import nn
 from .data import InputError
@@ -170,14 +171,21 @@ def refresh(
 
 FlatAdamW.tensors,FlatAdamW.refresh = tensors,refresh
 
-# %% ../nbs/04c_optimizer.ipynb #e90da698
-def keep_memory()->bool: # Was there a C library that listened?
-    "Ask glibc to keep freed memory for the next step, for the rest of this process"
-    if not sys.platform.startswith('linux'): return False
-    try: tune = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError): return False
-    M_TRIM_THRESHOLD,M_MMAP_MAX,never = -1,-4,2**31-1
-    return bool(tune(M_MMAP_MAX, 0) and tune(M_TRIM_THRESHOLD, never))
+# %% ../nbs/04c_optimizer.ipynb #7e15dbba
+def find_tcmalloc()->str: # What to preload; '' if there is none
+    "The installed tcmalloc"
+    if not sys.platform.startswith('linux'): return ''
+    return ctypes.util.find_library('tcmalloc_minimal') or ctypes.util.find_library('tcmalloc') or ''
+
+def describe_allocator()->str: # For people
+    "Which allocator this process uses, and what would be faster"
+    maps = Path('/proc/self/maps')
+    if not maps.exists(): return "the system's own"
+    text = maps.read_text()
+    for name in ('tcmalloc', 'jemalloc', 'mimalloc'):
+        if name in text: return name
+    better = find_tcmalloc() or 'libtcmalloc_minimal.so.4 (Debian, Ubuntu: libtcmalloc-minimal4)'
+    return f"the C library's own; steps are faster with LD_PRELOAD={better}"
 
 # %% ../nbs/04c_optimizer.ipynb #fc676090
 def product_secs(

@@ -9,7 +9,7 @@ __all__ = ['SCHEDULES', 'micro_batches', 'accumulate', 'World', 'processes', 'va
            'store', 'fetch', 'elapsed', 'resume', 'go', 'block_options', 'train', 'plot_losses', 'sample_answers',
            'live_plot', 'tensorboard', 'weights_and_biases']
 
-# %% ../nbs/05_training.ipynb #dd8fbf31
+# %% ../nbs/05_training.ipynb #88d32804
 import hashlib, json, math, os, sys, time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -23,7 +23,7 @@ from .data import InputError, save_json, write_atomic
 from .collate import batch_order, lay_flat
 from .decoder import compile_blocks
 from .model import batch_loss
-from .optimizer import FlatAdamW, choose_dtype, keep_memory
+from .optimizer import FlatAdamW, choose_dtype, describe_allocator
 from .checkpoints import differences, newest_checkpoint, read_tensors, save_checkpoint, stop_signals
 
 # %% ../nbs/05_training.ipynb #5889475d
@@ -553,7 +553,7 @@ def block_options(model, cfg):
         model.shortcuts = cuts
         for b in model.blocks: b._compiled_call_impl = None
 
-# %% ../nbs/05_training.ipynb #4d5e21df
+# %% ../nbs/05_training.ipynb #2f596613
 def train(
     model, # A `Decoder`, changed in place; only parameters with `requires_grad` are trained
     train_rows, # `Example`s to learn from
@@ -568,7 +568,6 @@ def train(
     "Train `model` on `train_rows` as `cfg` says; afterwards it holds float32 weights, the masters of the training (its part, if sharded)"
     if not len(train_rows): raise InputError("train: no training rows; check the data and the split")
     if resume and out is None: raise InputError("train: resume needs the run's folder, got out=None; name it")
-    keep_memory()
     with processes() as world:
         run = Run(model, train_rows, val_rows, cfg, out, hooks, say, world)
         if not (resume and run.resume()): _start(run, resume)
@@ -588,7 +587,7 @@ def train(
     run.write(dict(kind='end', secs=run.log.secs, stopped=run.log.stopped))
     return run.log
 
-# %% ../nbs/05_training.ipynb #e0f9cc64
+# %% ../nbs/05_training.ipynb #37469a65
 def _start(run, resume):
     "A fresh run: refuse a used folder, choose the precision"
     def look():
@@ -597,6 +596,7 @@ def _start(run, resume):
         return choose_dtype(run.cfg.dtype, run.device)
     dtype,why = run.world.first(look)
     run.say(f'precision {why}')
+    if run.device.type=='cpu': run.say(f'allocator {describe_allocator()}')
     run.begin(dtype)
 
 def _write_head(run):

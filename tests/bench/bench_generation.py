@@ -109,7 +109,7 @@ def main():
     p.add_argument('--threads', type=int, default=os.cpu_count())
     p.add_argument('--model', help='a model folder; the default model if not given')
     p.add_argument('--work', type=Path, default=Path.home()/'.cache/sft_nb/bench')
-    p.add_argument('--out', type=Path, default=HERE.with_name('generation_results.json'))
+    p.add_argument('--out', type=Path, default=HERE.parent/'results/generation.json')
     p.add_argument('--child')
     p.add_argument('--folder', type=Path)
     a = p.parse_args()

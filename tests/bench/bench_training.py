@@ -304,7 +304,7 @@ def main():
     p.add_argument('--threads', type=int, default=os.cpu_count())
     p.add_argument('--preload', help='an allocator for every row alike, for example libtcmalloc_minimal.so.4')
     p.add_argument('--work', type=Path, default=Path.home()/'.cache/sft_nb/bench')
-    p.add_argument('--out', type=Path, default=HERE.with_name('training_results.json'))
+    p.add_argument('--out', type=Path, default=HERE.parent/'results/training.json')
     p.add_argument('--child')
     a = p.parse_args()
     a.work.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,97 @@
+"""What does each shortcut bring? The same batch is learned with all of them, and with one of them off, in turn, in one process.
+
+    pip install -e '.[dev]'
+    python tests/bench/bench_shortcuts.py --batches 12
+
+For each shortcut: how many times as long a step takes without it, as the median over the batches. Steps lie next to each other in time, so that a machine
+whose speed drifts is fair to all. The work is that of bench_training.py: the default model, eight rows of the record set a step.
+"""
+import argparse
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from bench_training import BATCH, ROOT, prepare, read_rows
+
+WITHOUT = {
+    'everything': 'padded rectangle, all logits, autograd only',
+    'shared preamble': 'each row computes the preamble again',
+    'ends at targets': 'the last block and the head compute every position',
+    'derivatives by hand': "autograd's derivatives and torch's own products",
+    "oneDNN's products": 'float32 products by the library torch prefers',
+    'gradients in place': 'autograd adds each gradient to the flat one',
+    'rows of like length': 'one rectangle of attention for the whole batch',
+    'one gradient of the table': 'a tied table gets two gradients, which are added',
+    'keeping activations': 'blocks are computed again in the backward pass (`recompute`)'}
+
+
+def child(a):
+    import torch
+    torch.set_num_threads(a.threads)
+    sys.path.insert(0, str(ROOT))
+    import sft_nb.decoder as D
+    import sft_nb.training as T
+    from sft_nb.dataset import Example
+    from sft_nb.model import load_model
+    train = [Example(i, l, 'row') for i,l in read_rows(a.work)[0]]
+    model = load_model(a.work/'smollm2').model
+    run = T.Run(model, train, (), T.TrainConfig(lr=2e-5, batch_size=BATCH, warmup=0, dtype=a.child), None, (), print, T.World())
+    run.begin(getattr(torch, a.child))
+    model.train()
+    cfg, cuts, loss, onednn, hooks = run.cfg, model.shortcuts, T.batch_loss, D._onednn, []
+    off = {'ends at targets': dict(ends_at_targets=False), 'derivatives by hand': dict(by_hand=False), 'rows of like length': dict(min_saving=math.inf),
+           'one gradient of the table': dict(one_gradient=False), 'keeping activations': dict(recompute=True)}
+    def set_up(name):
+        model.shortcuts, T.batch_loss, D._onednn = replace(cuts, **off.get(name, {})), loss, onednn and name!="oneDNN's products"
+        run.cfg = replace(cfg, share_prefix=name!='shared preamble')
+        if name=='everything': T.batch_loss = lambda model, batch, *_: (D.naive_loss(model, batch), batch.n_targets)
+        while hooks: hooks.pop().remove()
+        if name=='gradients in place': hooks.extend(p.register_hook(lambda g: g) for p in model.parameters()) # somebody else wants to see them
+    names = [None, *(n for n in WITHOUT if a.child=='float32' or 'oneDNN' not in n)]
+    secs = {n: [] for n in names}
+    for b in range(a.batches+1):
+        T.step_rows = lambda *_: list(range(b*BATCH, (b+1)*BATCH))
+        for n in (names if b%2 else names[::-1]):
+            set_up(n)
+            begun = time.perf_counter()
+            run.make_step()
+            if b: secs[n].append(time.perf_counter()-begun)
+    ratios = {n: [x/y for x,y in zip(secs[n], secs[None])] for n in names[1:]}
+    print('RESULT '+json.dumps(dict(dtype=a.child, step_secs=statistics.median(secs[None]),
+        times={n: dict(median=statistics.median(r), low=sorted(r)[len(r)//4], high=sorted(r)[3*len(r)//4]) for n,r in ratios.items()})))
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--batches', type=int, default=12)
+    p.add_argument('--threads', type=int, default=os.cpu_count())
+    p.add_argument('--preload', help='an allocator, for example libtcmalloc_minimal.so.4')
+    p.add_argument('--work', type=Path, default=Path.home()/'.cache/sft_nb/bench')
+    p.add_argument('--out', type=Path, default=Path(__file__).resolve().parent/'results/shortcuts.json')
+    p.add_argument('--child', help=argparse.SUPPRESS)
+    a = p.parse_args()
+    a.work.mkdir(parents=True, exist_ok=True)
+    if a.child: return child(a)
+    prepare(a.work)
+    env, results = dict(os.environ, OMP_NUM_THREADS=str(a.threads), PYTHONPATH=str(ROOT)), []
+    if a.preload: env['LD_PRELOAD'] = a.preload
+    for dtype in ('float32', 'bfloat16'):
+        done = subprocess.run([sys.executable, __file__, '--child', dtype, '--batches', str(a.batches), '--threads', str(a.threads), '--work', str(a.work)],
+            env=env, capture_output=True, text=True)
+        line = next((l for l in done.stdout.splitlines() if l.startswith('RESULT ')), None)
+        if line is None: sys.exit(f'{dtype} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}')
+        results.append(json.loads(line[7:]))
+        for n,r in results[-1]['times'].items(): print(f"{dtype:9} without {n:26} {r['median']:.2f} times as long ({r['low']:.2f} to {r['high']:.2f})", flush=True)
+    report = dict(machine=platform.processor() or platform.machine(), threads=a.threads, preload=Path(a.preload).name if a.preload else None,
+        date=time.strftime('%Y-%m-%d'), without=WITHOUT, results=results)
+    a.out.write_text(json.dumps(report, indent=1)+'\n')
+
+
+if __name__ == '__main__': main()
