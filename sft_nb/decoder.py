@@ -116,23 +116,21 @@ def count_flops(
     forward = blocks + attention + head
     return dict(blocks=blocks, attention=attention, head=head, forward=forward, training=3*forward)
 
-# %% ../nbs/03a_decoder.ipynb #5f48ff3f
+# %% ../nbs/03a_decoder.ipynb #420c6349
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, weight, eps, dtype):
-        rows = h.reshape(-1, h.shape[-1])
-        square,n = rows*rows,rows.shape[1]
-        scale = torch.mv(square, square.new_ones(n))[:,None].div_(n).add_(eps).rsqrt_()
+        scale = h.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         ctx.save_for_backward(h, weight, scale)
-        return torch.mul(rows, scale, out=square).mul_(weight.to(h.dtype)).to(dtype).view(h.shape)
+        return (h*scale).mul_(weight.to(h.dtype)).to(dtype)
     @staticmethod
     def backward(ctx, g):
         h,weight,scale = ctx.saved_tensors
-        rows,w,g = h.reshape(-1, h.shape[-1]),weight.to(h.dtype),g.to(h.dtype).reshape(-1, h.shape[-1])
-        both = g*rows
-        dweight = torch.mv(both.T, scale[:,0]).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        along = torch.mv(both, w)[:,None].mul_(scale.square()).div_(len(w))
-        return torch.mul(g, w, out=both).addcmul_(rows, along, value=-1).mul_(scale).view(h.shape), dweight, None, None
+        g,x = g.to(h.dtype),h*scale
+        dweight = (g*x).reshape(-1, len(weight)).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        dx = g*weight.to(h.dtype)
+        along = (dx*x).mean(-1, keepdim=True)
+        return dx.addcmul_(x, along, value=-1).mul_(scale), dweight, None, None
 
 # %% ../nbs/03a_decoder.ipynb #28ca6b2e
 class Norm(nn.Module):
@@ -384,7 +382,7 @@ class _PutBack(torch.autograd.Function):
         flat = g.new_zeros(sum(sizes), d).index_copy_(0, ctx.index.view(-1), g.reshape(-1, d))
         return None, *(part.view(s) for part,s in zip(flat.split(sizes), ctx.shapes))
 
-# %% ../nbs/03a_decoder.ipynb #3535108a
+# %% ../nbs/03a_decoder.ipynb #998ff610
 def attend(
     q:Tensor, # Queries (B, K, G*T, d)
     k:Tensor, # Keys (B, K, S, d)
@@ -401,7 +399,7 @@ def attend(
         by_head = q.transpose(0, 1).reshape(K, B*n, d)
         common = _cap((by_head @ shared[0].mT).view(K, B, n, -1).transpose(0, 1)*scale, cap)
         scores.insert(0, common if shared[2] is None else common + shared[2])
-    shares = torch.cat(scores, -1).softmax(-1)
+    shares = in_float32(torch.cat(scores, -1)).softmax(-1).to(q.dtype)
     if not shared: return shares @ v
     common,own = shares.split([s.shape[-1] for s in scores], -1)
     mixed = common.transpose(0, 1).reshape(K, B*n, -1) @ shared[1]
