@@ -675,7 +675,7 @@ class _Twice(torch.autograd.Function):
         if table.grad is None: return reads.to_dense()
         table.grad.add_(reads) # where the head's gradient has been written to its place
 
-# %% ../nbs/03a_decoder.ipynb #a088e92a
+# %% ../nbs/03a_decoder.ipynb #c78e0a2a
 class Decoder(nn.Module):
     "Embedding, blocks, norm and head"
     def __init__(self,
@@ -727,7 +727,7 @@ class Decoder(nn.Module):
         return _cap(F.linear(h, self.head_weight).float(), self.cfg.logit_cap)
 
     def loss(self,
-        batch, # Flat `Batch` with at least one target
+        batch, # Flat `Batch`; without targets the loss is 0, and so are all gradients
         chunk:int=1024, # Targets whose logits exist at the same time
     )->Tensor: # Scalar, float32, with its graph
         "Sum over the batch's targets of weight times negative log-likelihood, in nats"

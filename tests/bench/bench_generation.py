@@ -20,6 +20,8 @@ import sys
 import time
 from pathlib import Path
 
+from bench_training import peak_gib
+
 HERE = Path(__file__).resolve()
 ROOT = HERE.parents[2]
 STOPS = {0, 2}
@@ -40,11 +42,6 @@ def prepare(work, model):
     prompts = [encode_prompt(r, loaded.template, loaded.tokenizer) for r in split_records(load_records(default_data_file())).test]
     (work/'prompts.json').write_text(json.dumps(prompts))
     return folder
-
-
-def peak_gib():
-    lines = Path('/proc/self/status').read_text().splitlines()
-    return int(next(l for l in lines if l.startswith('VmHWM')).split()[1])/2**20
 
 
 def run_ours(folder, dtype, _, max_new):
