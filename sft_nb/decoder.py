@@ -250,18 +250,18 @@ class _Turn(torch.autograd.Function):
         turn(g.view(ctx.shape)[:,:ctx.heads[0]], cos, -sin)
         return g, None, None, None
 
-# %% ../nbs/03a_decoder.ipynb #4864fd62
+# %% ../nbs/03a_decoder.ipynb #b891378e
 def rectangles(
     lens:np.ndarray, # Length of each row (B,)
     n_shared:int, # Keys that all rows have before their own
     min_saving:float, # Pairs of a query and a key that one more rectangle must save
 )->list: # Arrays of row numbers, each a rectangle
     "Part rows by length, as long as that saves enough"
-    area = lambda row: lens[row]*(lens[row] + n_shared)
     def part(rows):
-        savings = [k*(area(rows[-1]) - area(rows[k-1])) for k in range(1, len(rows))]
-        if max(savings, default=-1)<min_saving: return [np.sort(rows)]
-        cut = int(np.argmax(savings)) + 1
+        area = lens[rows]*(lens[rows] + n_shared)
+        savings = np.arange(1, len(rows))*(area[-1] - area[:-1])
+        if not (savings>=min_saving).any(): return [np.sort(rows)]
+        cut = int(savings.argmax()) + 1
         return part(rows[:cut]) + part(rows[cut:])
     return part(np.argsort(lens, kind='stable'))
 

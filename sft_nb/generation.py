@@ -344,7 +344,7 @@ class Ready:
         model, # `Decoder`
         pack:bool=True, # Lay weights out?
     ):
-        self.model,self.depth = model,0
+        self.model = model
         linears = [m for m in model.modules() if isinstance(m, nn.Linear)] if pack else []
         packed = ((m, pack_weight(m.weight, m.bias)) for m in linears)
         self.packed = [(m, run) for m,run in packed if run]
