@@ -7,7 +7,7 @@ __all__ = ['PEFT_REFUSED', 'LoraConfig', 'linear_parts', 'find_targets', 'Adapte
            'unmoved_tokens', 'add_lora', 'remove_lora', 'Share', 'trainable_share', 'merge_lora', 'adapter_tensors',
            'save_adapter', 'read_adapter_config', 'read_adapter_tensors', 'load_adapter', 'quantize_base']
 
-# %% ../nbs/04a_lora.ipynb #b9a9b999
+# %% ../nbs/04a_lora.ipynb #03eeb94a
 import math, os, shutil, tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,11 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .data import InputError, load_json, near_misses, save_json
-from .decoder import Decoder, product
+from .decoder import ByHand, Decoder, product
 from .model import hf_names, part_sizes
 
-# %% ../nbs/04a_lora.ipynb #f375668b
-class _LowRank(torch.autograd.Function):
+# %% ../nbs/04a_lora.ipynb #83f4752b
+class _LowRank(ByHand):
     "Add scale * (x A^T)_i B_i^T to columns `cuts[i]` of y, in place"
     @staticmethod
     def forward(ctx, y, x, A, B, cuts, scale):
@@ -100,7 +100,7 @@ def find_targets(
                              f"{near_misses(t, known)}")
     return [p for p in parts if any(f'.{p}'.endswith(f'.{t}') for t in targets)]
 
-# %% ../nbs/04a_lora.ipynb #3463837b
+# %% ../nbs/04a_lora.ipynb #f8a08174
 class Adapter(nn.Module):
     "The A and B of one linear map, or of several that are stored as one"
     def __init__(self,
@@ -118,7 +118,7 @@ class Adapter(nn.Module):
 
     def forward(self, y, x):
         if self.cfg.dropout and self.training: x = F.dropout(x, self.cfg.dropout)
-        return _LowRank.apply(y, x, self.A, self.B, self.cuts, self.cfg.scale)
+        return _LowRank.of(y, x, self.A, self.B, self.cuts, self.cfg.scale)
 
     def parts(self):
         "A and B of each part, without graph"
