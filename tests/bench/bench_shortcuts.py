@@ -28,8 +28,41 @@ WITHOUT = {
     "oneDNN's products": 'float32 products by the library torch prefers',
     'gradients in place': 'autograd adds each gradient to the flat one',
     'rows of like length': 'one rectangle of attention for the whole batch',
+    'grouped attention': 'keys and values are repeated for each query head',
+    'flat AdamW': 'a pass over all tensors for each of: to float32, scale, length, clip, update, round',
     'one gradient of the table': 'a tied table gets two gradients, which are added',
     'keeping activations': 'blocks are computed again in the backward pass (`recompute`)'}
+
+
+def repeated_keys(D):
+    "`attend_rows` as it would be without grouping: one key head a query head"
+    def attend_rows(heads, lay, mask, window, cuts):
+        (q, k, v), G = heads, lay.cfg.n_heads//lay.cfg.n_kv_heads
+        B, K, n, d = q.shape
+        k, v = (x.repeat_interleave(G, 1) for x in (k, v))
+        return D._Attend.of(q.view(B, K*G, n//G, d), k, v, mask[:n//G], lay.cfg.scale).view(q.shape)
+    return attend_rows
+
+
+def tensor_by_tensor(opt):
+    "`FlatAdamW.step` with torch's functions for lists of tensors, on the same masters and moments"
+    import torch
+    cut = lambda flat: list(opt.windows(flat).values())
+    def step(lr, scale=1.):
+        opt.gather()
+        grads = [g.float() for g in cut(opt.grad_N)]
+        torch._foreach_mul_(grads, scale)
+        norm = torch.stack(torch._foreach_norm(grads)).norm().item()
+        if opt.clip and norm>opt.clip: torch._foreach_mul_(grads, opt.clip/norm)
+        opt.n_updates += 1
+        rows = list(zip(cut(opt.master_N), grads, cut(opt.mean_N), cut(opt.square_N)))
+        for decay, some in ((opt.weight_decay, [r for r in rows if r[0].ndim>1]), (0., [r for r in rows if r[0].ndim<2])):
+            torch._fused_adamw_(*map(list, zip(*some)), [], [torch.tensor(float(opt.n_updates)) for _ in some], lr=lr, beta1=opt.betas[0],
+                beta2=opt.betas[1], weight_decay=decay, eps=opt.eps, amsgrad=False, maximize=False)
+        if opt.low: torch._foreach_copy_(cut(opt.work_N), cut(opt.master_N))
+        opt.forget()
+        return norm
+    return step
 
 
 def child(a):
@@ -45,13 +78,17 @@ def child(a):
     run = T.Run(model, train, (), T.TrainConfig(lr=2e-5, batch_size=BATCH, warmup=0, dtype=a.child), None, (), print, T.World())
     run.begin(getattr(torch, a.child))
     model.train()
-    cfg, cuts, loss, onednn, hooks = run.cfg, model.shortcuts, T.batch_loss, D._onednn, []
+    cfg, cuts, loss, onednn, hooks, attend = run.cfg, model.shortcuts, T.batch_loss, D._onednn, [], D.attend_rows
+    slow_step, slow_attend = tensor_by_tensor(run.optimizer), repeated_keys(D)
     off = {'ends at targets': dict(ends_at_targets=False), 'derivatives by hand': dict(by_hand=False), 'rows of like length': dict(min_saving=math.inf),
            'one gradient of the table': dict(one_gradient=False), 'keeping activations': dict(recompute=True)}
     def set_up(name):
         model.shortcuts, T.batch_loss, D._onednn = replace(cuts, **off.get(name, {})), loss, onednn and name!="oneDNN's products"
         run.cfg = replace(cfg, share_prefix=name!='shared preamble')
         if name=='everything': T.batch_loss = lambda model, batch, *_: (D.naive_loss(model, batch), batch.n_targets)
+        D.attend_rows = slow_attend if name=='grouped attention' else attend
+        run.optimizer.__dict__.pop('step', None)
+        if name=='flat AdamW': run.optimizer.step = slow_step
         while hooks: hooks.pop().remove()
         if name=='gradients in place': hooks.extend(p.register_hook(lambda g: g) for p in model.parameters()) # somebody else wants to see them
     names = [None, *(n for n in WITHOUT if a.child=='float32' or 'oneDNN' not in n)]
