@@ -3,7 +3,7 @@
     pip install -e '.[dev]'
     python tests/bench/bench_generation.py                                # fp32 and bf16, all of transformers' batch sizes, one round
     python tests/bench/bench_generation.py --rounds 3 --rows ours_fp32 hf_fp32_110 ours_bf16 hf_bf16_16
-    python tests/bench/bench_generation.py --model runs/default/model       # a tuned model, whose answers are shorter
+    python tests/bench/bench_generation.py --model runs/default/model     # a tuned model, whose answers are shorter
 
 The work: the prompts of the record set's test part, greedy, at most 128 new ids each, by the default model. Every row is a process of its own, and rows
 alternate, so that a machine that others use too is fair to all. Timed is everything from lists of ids to lists of ids, after one short call to warm up;
