@@ -188,7 +188,7 @@ def unmoved_tokens(
         still |= {i for i,m in zip(rows.ids, moved) if not m}
     return sorted(still)
 
-# %% ../nbs/04a_lora.ipynb #888bbbac
+# %% ../nbs/04a_lora.ipynb #1fa3794b
 def add_lora(
     model:Decoder, # Changed in place: its weights are frozen and get adapters
     cfg:LoraConfig=LoraConfig(),
@@ -198,7 +198,9 @@ def add_lora(
     "Freeze `model` and put an adapter beside each target, raising `InputError` if it has adapters already"
     if adapted(model): raise InputError("LoRA: the model has adapters already; merge_lora or remove_lora first")
     model.requires_grad_(False)
-    if base_dtype is not None: model.to(base_dtype)
+    if base_dtype is not None:
+        for p in model.parameters():
+            if type(p.data) is Tensor: p.data = p.data.to(base_dtype) # 4-bit weights stay
     train_tokens(model, cfg.tokens)
     parts,by_map = linear_parts(model),{}
     for part in find_targets(model, cfg.targets):

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from .data import InputError
 
-# %% ../nbs/04c_optimizer.ipynb #0417ad93
+# %% ../nbs/04c_optimizer.ipynb #30ed05a2
 CHUNK = 1<<20  # Elements a call: small enough to stay in the cache from one operation to the next
 
 class FlatAdamW:
@@ -30,7 +30,7 @@ class FlatAdamW:
         self.n_updates,self.low = 0,dtype!=torch.float32
         named = sorted(model.named_parameters(), key=lambda np: np[1].ndim<2)
         self.named = {n: p for n,p in named if p.requires_grad}
-        self.frozen = {p: p.data for _,p in named if not p.requires_grad}
+        self.frozen = {p: p.data for _,p in named if not p.requires_grad and type(p.data) is torch.Tensor} # 4-bit weights stay
         if not self.named: raise InputError("FlatAdamW: no parameter requires a gradient, so nothing can be trained; unfreeze some")
         self.master_N = torch.cat([p.detach().float().flatten() for p in self.named.values()])
         self.mean_N,self.square_N = torch.zeros_like(self.master_N),torch.zeros_like(self.master_N)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'micro_batches', 'accumulate', 'World', 'processes', 'validate', 'TrainConfig', 'lr_at', 'step_rows',
-           'StepLog', 'ValLog', 'TrainLog', 'log_line', 'load_log', 'rows_fingerprint', 'frozen_fingerprint',
-           'describe_run', 'peak_memory_gib', 'Run', 'make_step', 'check', 'judge', 'keep_best', 'take_best', 'save',
-           'store', 'fetch', 'elapsed', 'resume', 'go', 'block_options', 'train', 'plot_losses', 'sample_answers',
-           'live_plot', 'tensorboard', 'weights_and_biases']
+           'StepLog', 'ValLog', 'TrainLog', 'log_line', 'load_log', 'rows_fingerprint', 'plain_parts',
+           'frozen_fingerprint', 'describe_run', 'peak_memory_gib', 'Run', 'make_step', 'check', 'judge', 'keep_best',
+           'take_best', 'save', 'store', 'fetch', 'elapsed', 'resume', 'go', 'block_options', 'train', 'plot_losses',
+           'sample_answers', 'live_plot', 'tensorboard', 'weights_and_biases']
 
 # %% ../nbs/05_training.ipynb #88d32804
 import hashlib, json, math, os, sys, time
@@ -297,7 +297,7 @@ def load_log(
     if log is None: raise InputError(f"{path}: holds no run; name the run's own log.jsonl")
     return log
 
-# %% ../nbs/05_training.ipynb #7068dd00
+# %% ../nbs/05_training.ipynb #6fde8620
 def rows_fingerprint(
     rows, # `Example`s
 )->str: # 16 hex digits over all ids and weights, in order
@@ -307,16 +307,23 @@ def rows_fingerprint(
         for x in (np.int64(len(r.ids)), np.asarray(r.ids, np.int64), np.asarray(r.learn, np.float32)): digest.update(x.tobytes())
     return digest.hexdigest()[:16]
 
+def plain_parts(
+    weight, # A parameter
+)->list: # Plain tensors
+    "What a weight is stored as: itself, or the tensors that a 4-bit weight consists of"
+    return [getattr(weight, n) for n in weight.__tensor_flatten__()[0]] if hasattr(weight, '__tensor_flatten__') else [weight]
+
 def frozen_fingerprint(
     model, # A `Decoder`
 )->str: # 16 hex digits over the weights that are not trained; empty if all are
     "Identify the base under an adapter"
     frozen = [p for p in model.parameters() if not p.requires_grad]
     digest = hashlib.sha256()
-    for p in frozen: digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
+    for t in (t for p in frozen for t in plain_parts(p)):
+        digest.update(t.detach().cpu().clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16] if frozen else ''
 
-# %% ../nbs/05_training.ipynb #5b5e9704
+# %% ../nbs/05_training.ipynb #08a852ce
 def describe_run(
     cfg:TrainConfig, # The settings
     rows, # Training `Example`s
@@ -328,14 +335,15 @@ def describe_run(
     sizes = {p: p.numel() for p in model.parameters()}
     trained = sum(k for p,k in sizes.items() if p.requires_grad)
     pieces = f', each in {math.ceil(cfg.batch_size/cfg.micro_batch_size)} micro-batches' if cfg.micro_batch_size else ''
-    gib = (16*trained + 4*(sum(sizes.values())-trained))/2**30
+    frozen = sum(t.numel()*t.element_size() for p in sizes if not p.requires_grad for t in plain_parts(p))
+    gib = (16*trained + frozen)/2**30
     return (f"rows      {n:,} / {cfg.batch_size} = {per_epoch:,} steps an epoch{pieces}; x {cfg.epochs:g} epochs = {n_steps:,} steps, "
             f"{round(cfg.warmup*n_steps)} of them warm-up, then {cfg.schedule} from {cfg.lr:g}\n"
             f"tokens    {tokens:,} an epoch, {targets:,.0f} of them targets ({targets/max(1, tokens):.0%}); {tokens/per_epoch:,.0f} a step\n"
             f"memory    {trained/1e6:.4g}M trained of {sum(sizes.values())/1e6:.4g}M weights: {gib:.2g} GiB for weights, gradients and averages, "
             f"and what the rows need")
 
-# %% ../nbs/05_training.ipynb #6d1c3a39
+# %% ../nbs/05_training.ipynb #3487c004
 _MAY_DIFFER = ('cfg.keep_last', 'cfg.save_every', 'cfg.eval_batch_size', 'cfg.shard')
 
 def peak_memory_gib(
@@ -357,6 +365,8 @@ class Run:
         self.device = next(model.parameters()).device
         self.step,self.spent,self.best_N,self.begun,self.spare = 0,0.,None,time.perf_counter(),None
         self.sharded = cfg.shard and world.size>1
+        if self.sharded and any(hasattr(p, '__tensor_flatten__') for p in model.parameters()):
+            raise InputError("train: 4-bit weights are not divided among processes, got shard=True; give shard=False")
         if cfg.best and self.sharded and out is None: raise InputError("train: best with shard needs a run folder, got out=None; name one")
         self.identity = self._identity()
 

@@ -13,6 +13,7 @@ from sft_nb.generation import generate, generate_naive
 from sft_nb.lora import (LoraConfig, Share, adapted, add_lora, find_targets, load_adapter, merge_lora, quantize_base,
                          remove_lora, save_adapter, trainable_share)
 from sft_nb.model import load_model, save_model
+from sft_nb.training import Run, TrainConfig, World, describe_run, train
 
 transformers, peft = pytest.importorskip('transformers'), pytest.importorskip('peft')
 torch.set_num_threads(1)
@@ -38,6 +39,12 @@ def family(request, tmp_path):
     theirs = transformers.AutoModelForCausalLM.from_config(CONFIGS[request.param](), attn_implementation='eager').eval()
     theirs.save_pretrained(tmp_path/'base')
     return request.param, theirs, load_model(tmp_path/'base').model.eval(), tmp_path
+
+
+class Plain:
+    "A tokenizer whose text does not matter"
+    eos_id = None
+    def decode_content(self, ids): return ''
 
 
 def shake(model):
@@ -120,9 +127,6 @@ def test_a_model_with_adapters_is_not_saved_as_a_plain_one(family):
 def test_generation_uses_adapters(family):
     _, _, ours, _ = family
     shake(add_lora(ours, LoraConfig(4)))
-    class Plain:
-        eos_id = None
-        def decode_content(self, ids): return ''
     prompts = [[5, 6, 7], [9], [1, 2, 3, 4, 5, 6]]
     for a,p in zip(generate(ours, Plain(), prompts, 8), prompts): assert list(a.ids)==generate_naive(ours, p, 8)
 
@@ -212,3 +216,52 @@ def test_4_bit_base(family):
     batch_loss(ours, collate_examples(rows))[0].backward()
     assert all(m.adapter.B.grad.abs().max()>0 for m in adapted(ours))
     with pytest.raises(InputError, match='4-bit'): merge_lora(ours)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_training_on_a_4_bit_base(tmp_path, dtype):
+    "The same losses and adapters, bit for bit, as on a plain base of the values that the 4 bits stand for; stopped, resumed, merged, answering"
+    pytest.importorskip('torchao', reason='torchao is an extra: pip install torchao')
+    theirs = transformers.AutoModelForCausalLM.from_config(CONFIGS['llama']())
+    theirs.save_pretrained(tmp_path/'base')
+    base = lambda: load_model(tmp_path/'base').model
+    packed = lambda: add_lora(quantize_base(base()), LoraConfig(4))
+    plain = quantize_base(base())
+    for m in plain.modules():
+        if isinstance(m, nn.Linear): m.weight = nn.Parameter(m.weight.detach().to(torch.float32), requires_grad=False)
+    add_lora(plain, LoraConfig(4))
+    rows = [Example(r.numpy().astype('int32'), torch.ones(20).numpy(), 'x') for r in ids.repeat(4, 1)]
+    cfg = TrainConfig(lr=1e-2, epochs=2, batch_size=3, dtype=dtype, save_every=1)
+    values = lambda m: [p.detach() for p in m.parameters() if p.requires_grad]
+
+    ours, gib = packed(), lambda m: float(describe_run(cfg, rows, m).split('weights: ')[1].split()[0])
+    assert gib(ours) < gib(plain)
+    log, wanted = train(ours, rows, rows[:3], cfg), train(plain, rows, rows[:3], cfg)
+    assert [s.loss for s in log.steps] == [s.loss for s in wanted.steps] and log.vals[-1].loss < log.vals[0].loss
+    for got, want in zip(values(ours), values(plain)): torch.testing.assert_close(got, want, atol=0, rtol=0)
+    assert all(type(m.weight.data) is not torch.Tensor for m in adapted(ours))
+    prompts = [[1, 2, 3], [1, 2, 50, 7, 9]]
+    answers = generate(ours, Plain(), prompts, 6, stop_ids=set())
+    assert [list(a.ids) for a in answers] == [generate_naive(ours, p, 6) for p in prompts]
+
+    train(packed(), rows, rows[:3], cfg, tmp_path/'run', hooks=[lambda e, _: 'enough' if e.step==3 else None])
+    again = packed()
+    assert len(train(again, rows, rows[:3], cfg, tmp_path/'run', resume=True).steps) == len(log.steps)
+    for got, want in zip(values(again), values(ours)): torch.testing.assert_close(got, want, atol=0, rtol=0)
+    with pytest.raises(InputError, match='frozen_weights'): train(add_lora(base(), LoraConfig(4)), rows, rows[:3], cfg, tmp_path/'run', resume=True)
+
+    save_adapter(tmp_path/'adapter', ours)
+    whole = load_adapter(tmp_path/'adapter', base())
+    for got, want in zip(values(whole), values(ours)): torch.testing.assert_close(got, want, atol=0, rtol=0)
+    assert merge_lora(whole) < 1e-4
+    with pytest.raises(InputError, match='shard=False'):
+        Run(packed(), rows, rows[:3], TrainConfig(shard=True), None, (), print, World(0, 2))
+
+
+def test_a_4_bit_base_stays_so_in_another_precision(family):
+    pytest.importorskip('torchao', reason='torchao is an extra: pip install torchao')
+    _, _, ours, _ = family
+    add_lora(quantize_base(ours), LoraConfig(4), base_dtype=torch.bfloat16)
+    assert all(type(m.weight.data) is not torch.Tensor for m in adapted(ours))
+    assert ours.embed.weight.dtype==torch.bfloat16 and adapted(ours)[0].adapter.A.dtype==torch.float32
+    assert torch.isfinite(ours(ids)).all()
