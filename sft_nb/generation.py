@@ -346,7 +346,7 @@ def pack_weight(
         return run
     except (AttributeError, RuntimeError): return None
 
-# %% ../nbs/04b_generation.ipynb #1a64f6c1
+# %% ../nbs/04b_generation.ipynb #9019412c
 class Ready:
     "A model with its weights laid out for answering, in evaluation mode within a `with` block"
     def __init__(self,
@@ -361,13 +361,13 @@ class Ready:
 
     def __enter__(self):
         self.in_training = [m for m in self.modules if m.training]
-        for m in self.in_training: m.training = False
-        for m,run in self.packed: m.forward = run
+        for m in self.in_training: vars(m)['training'] = False # as m.training = False, without a module's checks: this is done once a step
+        for m,run in self.packed: vars(m)['forward'] = run
         return self
 
     def __exit__(self, *_):
-        for m,_ in self.packed: m.__dict__.pop('forward', None)
-        for m in self.in_training: m.training = True
+        for m,_ in self.packed: vars(m).pop('forward', None)
+        for m in self.in_training: vars(m)['training'] = True
 
     def logits(self,
         batch, # Flat rows

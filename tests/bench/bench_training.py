@@ -173,7 +173,8 @@ def run_trl(folder, row, n_steps, threads):
     trainer = SFTTrainer(model=model, args=args, train_dataset=data, processing_class=tok, callbacks=[Tick()], peft_config=peft)
     trainer.train()
     peak = peak_gib()
-    return clock, losses, base, hf_validate(trainer.model.float(), val), peak
+    trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # else it goes on in bfloat16: the wrapper casts
+    return clock, losses, base, hf_validate(trained.float(), val), peak
 
 
 def pad(rows, ids_fill=0):
