@@ -8,7 +8,7 @@ __all__ = ['METRICS', 'MADE_OF', 'row_ids', 'text_of', 'response_rows', 'meta_pa
            'prompt_and_reference', 'response_health', 'exact', 'exact_loose', 'token_f1', 'chrf', 'novel_recall',
            'numbers_in', 'number_agreement', 'load_embedder', 'agreement', 'task_kind', 'Scores', 'score_responses']
 
-# %% ../nbs/06_evaluation.ipynb #f3ea4b90
+# %% ../nbs/06_evaluation.ipynb #da0627c6
 import hashlib, json, math, os, time, unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import regex
-from .data import InputError, as_records, load_json, load_rows, save_json, shorten
+from .data import InputError, as_records, load_json, load_rows, save_json, shorten, text_field
 
 # %% ../nbs/06_evaluation.ipynb #98ad29a9
 def row_ids(
@@ -34,12 +34,12 @@ def row_ids(
         ids.append(record.id if seen[record.id]==1 else f'{record.id}-{seen[record.id]}')
     return ids
 
-# %% ../nbs/06_evaluation.ipynb #3c8b8627
+# %% ../nbs/06_evaluation.ipynb #f2843ed6
 def text_of(
     answer, # An `Answer` of `sft_nb.generation`, or plain text
 )->str: # What the model said
-    "The text of an `answer`"
-    return answer if isinstance(answer, str) else answer.text
+    "The text of an `answer`; half a surrogate pair, which no file can hold, becomes �"
+    return regex.sub('[\ud800-\udfff]', '�', answer if isinstance(answer, str) else answer.text)
 
 def response_rows(
     records, # `Record`s, or dictionaries
@@ -91,7 +91,7 @@ def save_responses(
     facts = {r['id']: answer_facts(a) for r,a in zip(rows, answers)}
     return _write_responses(path, rows, {'settings': meta or {}, 'data': data_fingerprint(records)}, facts)
 
-# %% ../nbs/06_evaluation.ipynb #a59a4a59
+# %% ../nbs/06_evaluation.ipynb #fd3304bf
 def load_responses(
     path, # A responses file, ours or one in the scratchpad's shape without ids
 )->list: # Its rows, each with an `id`
@@ -103,6 +103,7 @@ def load_responses(
         if not isinstance(row.get('model_response'), str):
             raise InputError(f"{where}: 'model_response' must be text, got {shorten(row.get('model_response'))}; "
                              "write \"\" where nothing was produced")
+        text_field(row, 'model_response', where) # refuses what no file can hold
     rows = [row for _,row in found]
     twice = [i for i,n in Counter(str(r['id']) for r in rows if 'id' in r).items() if n>1]
     if twice: raise InputError(f"{path}: id {twice[0]!r} appears more than once; ids must tell rows apart")
@@ -114,15 +115,24 @@ def load_meta(
     "The facts about a responses file"
     return load_json(meta_path(path)) if meta_path(path).exists() else {}
 
-# %% ../nbs/06_evaluation.ipynb #5c4bb082
+# %% ../nbs/06_evaluation.ipynb #069da315
 def _differences(old, new):
     keys = [k for k in {**old, **new} if old.get(k)!=new.get(k)]
     return ', '.join(f'{k}: {shorten(old.get(k))} then, {shorten(new.get(k))} now' for k in keys[:3])
 
+def _read_line(where, line, fields):
+    "What a line of the file holds"
+    try: row = json.loads(line)
+    except ValueError: row = None
+    if isinstance(row, dict) and fields<=row.keys(): return row
+    raise InputError(f"{where}: is damaged, got {shorten(line)}; take the line out, or remove the file to begin anew")
+
 def _read_partial(path, header):
     "The answers in a file of lines, by id, and how many of its bytes are whole lines"
     whole = path.read_bytes().rpartition(b'\n')
-    lines = [json.loads(line) for line in whole[0].split(b'\n') if line]
+    lines = [(f'{path} line {n}', line) for n,line in enumerate(whole[0].split(b'\n'), 1) if line]
+    fields = [{'settings', 'data'}]+[{'id', 'text'}]*len(lines)
+    lines = [_read_line(*line, wanted) for line,wanted in zip(lines, fields)]
     if lines and lines[0]!=header:
         changed = _differences(*(h['settings'] | {'data': h['data']} for h in (lines[0], header)))
         raise InputError(f"{path}: was begun with other settings ({changed}); remove it, or choose another file")
@@ -137,21 +147,31 @@ def _lock(file, path):
         raise InputError(f"{path}: another run is writing to it; wait for it, or choose another file") from None
 
 def _add_lines(file, rows):
-    file.write(b''.join(json.dumps(row, ensure_ascii=False).encode()+b'\n' for row in rows))
+    file.write(b''.join(json.dumps(row, ensure_ascii=False).encode(errors='replace')+b'\n' for row in rows))
     file.flush()
     os.fsync(file.fileno())
 
-# %% ../nbs/06_evaluation.ipynb #5fe70435
+# %% ../nbs/06_evaluation.ipynb #0b1c01a7
+def _keep_answers(file, batch, said, started):
+    "Put the answers there are, and what they took, on the disk"
+    secs = round((time.monotonic()-started)/len(batch), 4)
+    there = [(i, a) for (i,_),a in zip(batch, said) if a is not None]
+    lines = [{'id': i, 'text': text_of(a), **answer_facts(a, secs=secs)} for i,a in there]
+    _add_lines(file, lines)
+    return lines
+
 def _add_answers(file, todo, answer, batch_size):
     "Answer the (id, record) pairs of `todo`; each batch is on the disk before the next, and its lines are yielded"
     for batch in [todo[n:n+batch_size] for n in range(0, len(todo), batch_size)]:
-        started = time.monotonic()
-        said = list(answer([r for _,r in batch]))
-        if len(said)!=len(batch): raise ValueError(f'answer: {len(batch)} records but {len(said)} answers')
-        secs = round((time.monotonic()-started)/len(batch), 4)
-        lines = [{'id': i, 'text': text_of(a), **answer_facts(a, secs=secs)} for (i,_),a in zip(batch, said)]
-        _add_lines(file, lines)
-        yield lines
+        started, said = time.monotonic(), []
+        try:
+            for a in answer([r for _,r in batch]): said.append(a)
+        except BaseException: # what was said before stays
+            _keep_answers(file, batch, said, started)
+            raise
+        n_said = sum(a is not None for a in said)
+        if not n_said==len(said)==len(batch): raise ValueError(f'answer: {len(batch)} records but {n_said} answers')
+        yield _keep_answers(file, batch, said, started)
 
 def _answer_all(part, header, records, answer, batch_size):
     "Every record's line in the file `part`, by id, those of earlier runs included"
@@ -191,14 +211,15 @@ def answer_file(
     part.unlink()
     return rows
 
-# %% ../nbs/06_evaluation.ipynb #f6ce9b39
-_WORD = regex.compile(r"(?<![\p{L}\p{N}.])[-−]?\d+(?:,\d{3})*(?:\.\d+)?(?![\p{L}\p{M}\p{N}])"
+# %% ../nbs/06_evaluation.ipynb #73b67c42
+_WORD = regex.compile(r"(?<![\p{L}\p{N}.])[-−]?(?:\d++(?:,\d{3})*+(?:\.\d++)?+|\.\d++)" # a number, its unit may follow
+                      r"(?![\p{M}\p{N}]|\p{L}[\p{L}\p{M}]*\p{N})" # but 3F8G is a word
                       r"|[\p{Han}\p{Hiragana}\p{Katakana}]"
                       r"|[\p{L}\p{M}\p{N}]+(?:['’][\p{L}\p{M}]+)*|[\p{Sm}\p{Sc}%^°]")
 
 def _canonical(word):
-    "Numbers in one spelling: 2.0 is 2 and 1,000 is 1000"
-    if not regex.fullmatch(r'[-−]?[0-9][0-9,.]*', word): return word.replace('’', "'")
+    "Numbers in one spelling: 2.0 is 2, .5 is 0.5 and 1,000 is 1000"
+    if not regex.fullmatch(r'[-−]?\.?[0-9][0-9,.]*', word): return word.replace('’', "'")
     number = format(Decimal(word.replace(',', '').replace('−', '-')), 'f')
     return (number.rstrip('0').rstrip('.') if '.' in number else number.lstrip('0') or '0')
 
@@ -208,13 +229,13 @@ def words(
     "What is left of `text` when case, spacing and punctuation do not count; Chinese and Japanese by character"
     return [_canonical(w) for w in _WORD.findall(unicodedata.normalize('NFKC', text).casefold())]
 
-# %% ../nbs/06_evaluation.ipynb #34dc0baf
+# %% ../nbs/06_evaluation.ipynb #4b2701f3
 def repeated_share(
     text:str, # An answer
     n:int=4, # Length of the runs of words
 )->float: # 0 to 1; 0 for texts shorter than two runs
-    "Share of runs of `n` words that stood in the text before"
-    said = words(text)
+    "Share of runs of `n` words that stood in the text before; of characters if there is no word"
+    said = words(text) or ''.join(text.split())
     runs = [tuple(said[i:i+n]) for i in range(len(said)-n+1)]
     return 1-len(set(runs))/len(runs) if len(runs)>n else 0.
 
@@ -234,7 +255,7 @@ class Health:
         return (f'{self.n} answers: {self.empty:.1%} empty, {cut} cut at the token limit, {self.repeating:.1%} repeat '
                 f'themselves; median {self.n_words:.0f} words, {self.length_ratio:.2f} times the reference')
 
-# %% ../nbs/06_evaluation.ipynb #9935ea12
+# %% ../nbs/06_evaluation.ipynb #5d9f9c53
 def prompt_and_reference(
     row:dict, # A row of a responses file, in any format of `sft_nb.data`
 )->tuple: # The text asked (all turns before the answer) and the wanted answer, None if the row has none
@@ -250,7 +271,7 @@ def response_health(
     "Rates of empty, cut and repeating answers, and how long they are"
     said = [r['model_response'] for r in rows]
     facts = (meta or {}).get('rows', {})
-    ends = [facts[r['id']]['finish'] for r in rows if facts.get(r['id'], {}).get('finish')]
+    ends = [facts[i]['finish'] for i in row_ids(rows) if facts.get(i, {}).get('finish')]
     n_said = [len(words(t)) for t in said]
     wanted = [len(words(prompt_and_reference(r)[1] or '')) for r in rows]
     ratios = [s/w for s,w in zip(n_said, wanted) if w]
@@ -277,14 +298,15 @@ def exact_loose(
     same = words(reference)==words(answer) if words(reference) else reference.strip()==answer.strip()
     return 100. * same
 
-# %% ../nbs/06_evaluation.ipynb #ded21e8d
+# %% ../nbs/06_evaluation.ipynb #588515bb
 def token_f1(
     asked:str, # The task, not used here
     reference:str, # What was wanted
     answer:str, # What the model said
-)->float: # 0 (no word in common) to 100 (the same words, in any order)
+)->float: # 0 (no word in common) to 100 (the same words, in any order); NaN if the reference holds no words
     "The balance between words found and words wanted"
     want, got = words(reference), words(answer)
+    if not want: return math.nan
     shared = sum((Counter(want) & Counter(got)).values())
     return 200.*shared/(len(want)+len(got)) if shared else 0.
 
@@ -313,14 +335,15 @@ def novel_recall(
     new = want-given or want
     return 100.*len(new & got)/len(new) if new else math.nan
 
-# %% ../nbs/06_evaluation.ipynb #162bceb5
+# %% ../nbs/06_evaluation.ipynb #fcf08ba2
 _NAMES = dict(zip('zero one two three four five six seven eight nine ten eleven twelve'.split(), map(str, range(13))))
 
 def numbers_in(
     text:str, # Any text
 )->Counter: # Each number in one spelling, and how often it occurs
-    "The numbers of a text, without the numbering of a list"
-    text = regex.sub(r'^\s*\d+[.)]\s', '', text, flags=regex.M)
+    "The numbers of a text, without the numbering of a list, which has at least two lines"
+    bare, n_numbered = regex.subn(r'^\s*\d+[.)]\s', '', text, flags=regex.M)
+    if n_numbered>1: text = bare
     return Counter(w for w in words(text) if w.lstrip('-')[:1].isdecimal() and regex.fullmatch(r'-?[\d.]+', w))
 
 def number_agreement(
@@ -450,7 +473,7 @@ def _apply(pairs, embed, rouge):
     found['reference_agreement'] = [agreement(*p) for p in zip(base, found['novel_recall'], found['number_agreement'])]
     return found
 
-# %% ../nbs/06_evaluation.ipynb #38aeb549
+# %% ../nbs/06_evaluation.ipynb #e1617096
 MADE_OF = {True: 'from cosine, new words and numbers',
            False: 'from chrF++, new words and numbers (no embedder installed)'}
 
@@ -461,6 +484,7 @@ def score_responses(
 )->Scores: # Every metric for every row
     "Agreement of each row's `model_response` with its reference"
     rows = load_responses(rows) if isinstance(rows, (str, Path)) else list(rows)
+    ids = row_ids(rows)
     embed = load_embedder() if embed=='auto' else embed
     asked = [prompt_and_reference(r) for r in rows]
     here = [n for n,(_,reference) in enumerate(asked) if reference is not None]
@@ -470,6 +494,6 @@ def score_responses(
     made_of = {'reference_agreement': MADE_OF[embed is not None],
                'chrf': f'sacrebleu chrF2++|{_chrf().get_signature()}' if here else ''}
     prompts = {p: n for n,p in enumerate(dict.fromkeys(p for p,_ in asked))}
-    return Scores(ids=tuple(r['id'] for r in rows), values=values, made_of=made_of, kinds=tuple(map(task_kind, rows)),
+    return Scores(ids=tuple(ids), values=values, made_of=made_of, kinds=tuple(map(task_kind, rows)),
                   groups=tuple(prompts[p] for p,_ in asked),
                   n_words=tuple(len(words(r['model_response'])) for r in rows))

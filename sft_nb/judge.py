@@ -40,13 +40,13 @@ def neighbours(
     ids = range(len(asked))
     return [max((m for m in ids if m!=n and alike(n, m)<0.5), key=lambda m: near(n, m), default=None) for n in ids]
 
-# %% ../nbs/06d_judge.ipynb #7eef0663
+# %% ../nbs/06d_judge.ipynb #ae541a25
 def near_miss(
     reference:str, # A right answer
     other:str, # Another task's right answer, for words to put in
     seed:int, # Decides what is changed
 )->str: # A wrong answer that looks much like it
-    "The reference with a number changed; without numbers, a third of its words exchanged, or its second half cut off"
+    "The reference with a number changed; without numbers, a third of its words exchanged, or its last 60 % cut off"
     rng = random.Random(f'{seed}{reference}')
     parts = reference.split()
     with_number = [n for n,p in enumerate(parts) if any(c in '0123456789' for c in p)]
@@ -159,7 +159,7 @@ def examine(
     if sum(q.tag=='neighbour' for q in questions)<10: return None
     return grade_exam(questions, ask_all(judge, questions, ledger, **more))
 
-# %% ../nbs/06d_judge.ipynb #d3927725
+# %% ../nbs/06d_judge.ipynb #6cdce730
 def cut_prompts(
     prompts, # What was asked
     n_tokens, # What the server counted for each; None where it said nothing
@@ -171,7 +171,8 @@ def cut_prompts(
     most = max(n for _,n in known)
     at_wall = {size for size,n in known if n==most}
     wall = most if most%256==0 and len(at_wall)>1 and max(at_wall)>1.05*min(at_wall) else math.inf
-    return [bool(n) and (n<len(p.split()) or n<0.5*per_char*len(p) or n>=wall) for p,n in zip(prompts, n_tokens)]
+    def cut(p, n): return n<len(p.split()) or n>=0.9*most and n<0.5*per_char*len(p) or n>=wall
+    return [bool(n) and cut(p, n) for p,n in zip(prompts, n_tokens)]
 
 def room_for(
     prompts, # All that will be asked
@@ -181,7 +182,7 @@ def room_for(
     need = max((len(p.encode()) for p in prompts), default=0)//2+max_new
     return max(4096, 2**math.ceil(math.log2(need)))
 
-# %% ../nbs/06d_judge.ipynb #1fe9485d
+# %% ../nbs/06d_judge.ipynb #82e15d13
 @dataclass(frozen=True)
 class Judged:
     "What a judge found in one responses file"
@@ -190,17 +191,19 @@ class Judged:
     judge:dict # `Judge.identity` of the judge
     notes:tuple=() # What a reader must know
     exam:Exam|None=None # The judge's own exam, None if it sat none
+    groups:tuple=() # Rows with the same number ask the same thing
+    n_words:tuple=() # Words of each answer
 
     @property
     def scores(self)->Scores:
         "The scores as `Scores`, NaN where there is no verdict, so that two files can be compared"
         points = [math.nan if r['score'] is None else r['score'] for r in self.rows]
-        return Scores(self.ids, {'judge': np.array(points)}, 'judge')
+        return Scores(self.ids, {'judge': np.array(points)}, 'judge', groups=self.groups, n_words=self.n_words)
 
     @property
     def mean(self)->Interval:
         "Mean over the rows with a verdict"
-        return mean_interval(self.scores.values['judge'])
+        return mean_interval(self.scores.values['judge'], self.groups or None)
 
     @property
     def bounds(self)->tuple:
@@ -238,14 +241,21 @@ class Judged:
                     notes=list(self.notes), exam=self.exam and self.exam.summary(), tokens=tokens,
                     secs=sum(r['secs'] for r in self.rows))
 
-# %% ../nbs/06d_judge.ipynb #3660ac68
+# %% ../nbs/06d_judge.ipynb #2841969c
+def _task(row):
+    "What was asked and what was wanted, raising `InputError` if the row does not tell"
+    asked, reference = prompt_and_reference(row)
+    if reference is not None: return asked, reference
+    raise InputError(f"row {row['id']}: has no reference to judge by; add 'output' to the record")
+
 def row_question(
     judge:Judge, # Who will be asked
     row:dict, # A row of a responses file
 )->Question: # What to ask about it
     "The question about one row; an empty answer is the worst by rule and costs no question"
-    asked, reference = prompt_and_reference(row)
-    if reference is None: raise InputError(f"row {row['id']}: has no reference to judge by; add 'output' to the record")
+    if judge.protocol.name=='pairs':
+        raise InputError("judge protocol: 'pairs' compares two answers, and here is one; choose 'levels' or 'book'")
+    asked, reference = _task(row)
     answer = row['model_response']
     prompt = judge_prompt(judge.protocol, asked, reference, answer) if answer.strip() else ''
     return Question(row['id'], prompt, rule=judge.protocol.values[0])
@@ -262,9 +272,12 @@ def judge_rows(
     found = ask_all(judge, questions, ledger, **more)
     cut = cut_prompts([q.prompt for q in questions], [r['usage']['prompt'] for r in found])
     found = [{**r, 'status': 'prompt_cut', 'score': None} if c and r['status']=='ok' else r for r,c in zip(found, cut)]
-    return Judged(tuple(r['id'] for r in rows), tuple(found), judge.identity(), judge.notes)
+    first, asked = {}, [prompt_and_reference(r)[0] for r in rows]
+    return Judged(tuple(r['id'] for r in rows), tuple(found), judge.identity(), judge.notes,
+                  groups=tuple(first.setdefault(a, n) for n,a in enumerate(asked)),
+                  n_words=tuple(len(words(r['model_response'])) for r in rows))
 
-# %% ../nbs/06d_judge.ipynb #9db4ef0e
+# %% ../nbs/06d_judge.ipynb #4d48c651
 @dataclass(frozen=True)
 class Paired:
     "Which of two models a judge prefers, row by row"
@@ -272,6 +285,7 @@ class Paired:
     likes:tuple # For each row the points of the second model in both orders, None where there is no verdict
     judge:dict # `Judge.identity` of the judge
     notes:tuple=() # What a reader must know
+    asked:tuple=() # For each row, was the judge asked, or did a rule settle it? Empty: asked about all
 
     @staticmethod
     def _side(points): return None if points is None else (points>75)-(points<25)
@@ -284,36 +298,40 @@ class Paired:
 
     @property
     def flips(self)->float:
-        "Share of rows with verdicts in which the same place won twice"
-        both = [tuple(map(self._side, pair)) for pair in self.likes if None not in pair]
+        "Share of the rows asked about in which the same place won twice; NaN if no verdict on them can be read"
+        asked = self.asked or (True,)*len(self.likes)
+        both = [tuple(map(self._side, pair)) for pair,a in zip(self.likes, asked) if a and None not in pair]
+        if not any(asked): return 0.
         return float(np.mean([a*b<0 for a,b in both])) if both else math.nan
 
     def __str__(self):
         from scipy.stats import binomtest
         counts, n = Counter(self.sides), len(self.ids)
-        head = (f"{self.judge['model']}, pairs in both orders: {n-counts[None]} of {n} rows have a verdict, "
-                f"{self.flips:.0%} flip with the order")
+        turned = '' if math.isnan(self.flips) else f', {self.flips:.0%} flip with the order'
+        head = f"{self.judge['model']}, pairs in both orders: {n-counts[None]} of {n} rows have a verdict{turned}"
         if not self.flips<=0.3: return '; '.join([head+', so no win rate is shown', *self.notes])
         wins, losses = counts[1], counts[-1]
         p = binomtest(wins, wins+losses).pvalue if wins+losses else 1.
         won = f'the second model wins {wins}, ties {counts[0]}, loses {losses} (p={p:.4f})'
         return '; '.join([head, won, *self.notes])
 
-# %% ../nbs/06d_judge.ipynb #9338c648
+# %% ../nbs/06d_judge.ipynb #11b5cf8f
 def pair_questions(
     judge:Judge, # Who will be asked, with protocol 'pairs'
     before, # Rows of the first model
     after, # Rows of the second
 )->list: # Two questions a row that both files have: the first model's answer first, then second
     "The questions about each pair; equal answers are a tie by rule, an empty one loses by rule"
+    if judge.protocol.name!='pairs':
+        raise InputError(f"judge protocol: {judge.protocol.name!r} is about one answer, here are two; choose 'pairs'")
     old, made = {r['id']: r for r in before}, []
     for row in after:
         if row['id'] not in old: continue
-        asked, reference = prompt_and_reference(row)
+        asked, reference = _task(row)
         a, b = old[row['id']]['model_response'], row['model_response']
         rule = 2. if a.strip()==b.strip() else 3. if not a.strip() else 1. if not b.strip() else None
         for tag, pair, flipped in (('ab', (a, b), rule), ('ba', (b, a), rule and 4-rule)):
-            prompt = judge_prompt(judge.protocol, asked, reference or '', *pair) if rule is None else ''
+            prompt = judge_prompt(judge.protocol, asked, reference, *pair) if rule is None else ''
             made.append(Question(row['id'], prompt, 'pair', tag, rule=flipped or 2.))
     if not made: raise InputError("judge: the two files share no row; were they made from the same test set?")
     return made
@@ -330,16 +348,17 @@ def judge_pairs(
     found = ask_all(judge, questions, ledger, **more)
     def turned(score): return None if score is None else 100-score
     likes = tuple((ab['score'], turned(ba['score'])) for ab,ba in zip(found[::2], found[1::2]))
-    return Paired(tuple(q.id for q in questions[::2]), likes, judge.identity(), judge.notes)
+    asked = tuple(bool(q.prompt) for q in questions[::2])
+    return Paired(tuple(q.id for q in questions[::2]), likes, judge.identity(), judge.notes, asked)
 
-# %% ../nbs/06d_judge.ipynb #d220305a
+# %% ../nbs/06d_judge.ipynb #24a5f89d
 def _is_number(value): return isinstance(value, (int, float)) and not isinstance(value, bool)
 
-def _read_point(where, row, worst, best):
+def _read_point(where, row, worst, best): # a scale may run downwards, as marks at school do
     "Id and points, from 0 to 100, of one record"
     if not isinstance(row, dict) or 'id' not in row or not _is_number(row.get('score')):
         raise InputError(f"{where}: needs an id and a number as 'score', got {shorten(row)}; mend it")
-    if not worst<=row['score']<=best:
+    if not min(worst, best)<=row['score']<=max(worst, best):
         raise InputError(f"{where}: score lies outside {worst} to {best}, got {row['score']}; give the scale it is on")
     return str(row['id']), 100.*(row['score']-worst)/(best-worst)
 
@@ -349,21 +368,26 @@ def load_points(
     scale:tuple=(0, 100), # Worst and best possible score
 )->list: # Points from 0 to 100, one a row; NaN where the file has none
     "Somebody's scores of `rows`, raising `InputError` if they cannot be matched or lie outside the scale"
+    if scale[0]==scale[1]: raise InputError(f"scale: its ends are the same, got {scale}; give worst and best score")
     found = list(load_rows(path))
     if all(_is_number(v) for _,v in found):
         if len(found)!=len(rows):
             raise InputError(f"{path}: holds {len(found)} numbers for {len(rows)} rows, so whose is which? Give ids")
         found = [(where, {'id': r['id'], 'score': v}) for (where, v),r in zip(found, rows)]
-    given = dict(_read_point(*pair, *scale) for pair in found)
+    points = [_read_point(*pair, *scale) for pair in found]
+    given = dict(points)
+    twice = [i for i,n in Counter(i for i,_ in points).items() if n>1]
+    if twice: raise InputError(f"{path}: id {twice[0]!r} has more than one score; keep one of them")
     if not given.keys() & {r['id'] for r in rows}:
         raise InputError(f"{path}: none of its ids is a row's, got {shorten(list(given)[:3])}; is it the right file?")
     return [given.get(r['id'], math.nan) for r in rows]
 
-# %% ../nbs/06d_judge.ipynb #c0282388
+# %% ../nbs/06d_judge.ipynb #51a78a26
 def _same_model(judge:Judge, settings:dict)->bool:
-    "Does one of the settings of the judged file name the judge?"
-    def plain(name): return Path(str(name)).name.lower().removesuffix('.gguf')
-    return any(isinstance(v, str) and v and plain(v)==plain(judge.server.model) for v in settings.values())
+    "Does one of the settings of the judged file name the judge? Folders are the same if their whole paths are"
+    def plain(name): return name.lower().removesuffix('.gguf')
+    def same(a, b): return Path(a).resolve()==Path(b).resolve() if '/' in a+b else plain(a)==plain(b)
+    return any(isinstance(v, str) and v and same(v, judge.server.model) for v in settings.values())
 
 def _notes(judge, path, exam):
     notes = list(judge.notes)
@@ -382,10 +406,10 @@ def open_judge(
 )->Judge: # Ready to be asked; close its server after use
     "A judge with enough room for the longest prompt"
     judge = preflight(Server(url, model, **server), protocol, way)
-    if judge.server.place.api!='ollama': return judge
-    return replace(judge, context=room_for(prompts(judge), judge.max_new))
+    asked = prompts(judge) # made here, so that a row that cannot be asked about is refused before the exam is paid for
+    return replace(judge, context=room_for(asked, judge.max_new)) if judge.server.place.api=='ollama' else judge
 
-# %% ../nbs/06d_judge.ipynb #9fc174a7
+# %% ../nbs/06d_judge.ipynb #0adcfee2
 def judge_file(
     path, # A responses file
     url:str, # Address of the server
@@ -400,7 +424,8 @@ def judge_file(
 )->Judged: # A verdict for every row, or the reason there is none
     "Judge a responses file after the judge's own exam; a second call asks only what is missing"
     rows = load_responses(path)
-    judge = open_judge(lambda j: [row_question(j, r).prompt for r in rows], url, model, protocol, way, **server)
+    def prompts(j): return [row_question(j, r).prompt for r in rows]+[q.prompt for q in exam_questions(j, rows, exam)]
+    judge = open_judge(prompts, url, model, protocol, way, **server)
     ledger = Ledger(out or Path(path).with_name('judgments.jsonl'))
     try:
         result = examine(judge, rows, ledger, exam, workers=workers) if exam else None

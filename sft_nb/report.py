@@ -8,15 +8,16 @@ __all__ = ['BEFORE', 'AFTER', 'ENTITIES', 'STYLE', 'PAGE', 'pick_rows', 'jsonabl
            'md_table', 'metric_table', 'kind_table', 'health_table', 'exam_table', 'unread_table', 'report_sentences',
            'judge_sentences', 'report_markdown', 'report_html', 'write_report', 'judge_report', 'compare_files']
 
-# %% ../nbs/06e_report.ipynb #eb24ed67
-import base64, io, math, re
+# %% ../nbs/06e_report.ipynb #b2190a06
+import base64, io, math, re, unicodedata
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 from .comparison import agree, compare_scores, score_interval
 from .data import InputError, save_json, write_atomic
-from .evaluation import METRICS, load_meta, load_responses, prompt_and_reference, response_health, score_responses
+from .evaluation import (METRICS, load_meta, load_responses, prompt_and_reference, response_health, row_ids,
+                               score_responses)
 from .judge import judge_file, judge_pair_files, load_points
 
 # %% ../nbs/06e_report.ipynb #a81cd072
@@ -88,7 +89,7 @@ def _kinds(after, before):
         found[kind] = dict(n=i.n, after=i.mean, interval=[i.low, i.high], before=float(np.mean(old)) if old else None)
     return dict(sorted(found.items(), key=lambda kv: -kv[1]['n']))
 
-# %% ../nbs/06e_report.ipynb #47c1926c
+# %% ../nbs/06e_report.ipynb #051d054b
 def _row(i, new, old, after, before):
     "What the page shows of one row"
     asked, wanted = prompt_and_reference(new[i])
@@ -113,24 +114,39 @@ def _people_data(path, scale, tuned, after, judge):
     if judge and 'after' in judge: found['judge'] = _agreement(_in_order(judge['after'], after.ids), points)
     return {name: said for name,said in found.items() if said}
 
+def _is_unfit(judged):
+    "Did its judge fail the exam?"
+    return judged.exam is not None and not judged.exam.passed
+
+def _compared(old, new):
+    "The comparison of two judged files, or why there is none"
+    def who(judged): return {k: v for k,v in judged.judge.items() if k!='context'} # the room does not change a judge
+    if who(old)!=who(new):
+        return {'not_compared': 'The two files were judged by different judges, or in different ways, so their scores '
+                                'are not compared.'}
+    try: return {'compared': _facts(compare_scores(old.scores, new.scores))}
+    except InputError: return {'not_compared': 'No row has a verdict in both files, so they are not compared.'}
+
 def _judge_data(judge, after):
     "Everything about the judge: its words, its exam, the comparison, the agreement with the headline"
     data = {k: v.summary() for k,v in judge.items()}
-    judged = judge.get('after') or next(iter(judge.values()))
-    data['exam'] = judged.exam and judged.exam.summary()
+    examined = judge.get('after') or next(iter(judge.values()))
+    data['exam'] = examined.exam and examined.exam.summary()
+    data['unfit'] = any(map(_is_unfit, judge.values()))
     data['unread'] = [dict(file=k, id=r['id'], status=r['status'], text=r['raw'] or r['error'] or '')
                       for k,v in judge.items() for r in v.rows if r['score'] is None]
-    if {'before', 'after'}<=judge.keys() and judge['before'].judge==judge['after'].judge:
-        try: data['compared'] = _facts(compare_scores(judge['before'].scores, judge['after'].scores))
-        except InputError: pass # no row has a verdict in both files
-    agreement = _agreement(after.values[after.primary], _in_order(judged, after.ids))
+    if {'before', 'after'}<=judge.keys(): data |= _compared(judge['before'], judge['after'])
+    if 'after' not in judge: return data
+    agreement = _agreement(after.values[after.primary], _in_order(judge['after'], after.ids))
     return data | ({'agreement': agreement} if agreement else {})
 
-# %% ../nbs/06e_report.ipynb #c03bf523
+# %% ../nbs/06e_report.ipynb #d155aaf0
 def _load(given):
     "Rows and sidecar of a responses file, or of rows in memory"
     if given is None: return None, {}
-    return (load_responses(given), load_meta(given)) if isinstance(given, (str, Path)) else (list(given), {})
+    if isinstance(given, (str, Path)): return load_responses(given), load_meta(given)
+    rows = list(given)
+    return [{**row, 'id': i} for row,i in zip(rows, row_ids(rows))], {}
 
 def report_data(
     base_rows, # Answers before tuning: rows, or the path of a responses file; None: there is only one file
@@ -232,7 +248,7 @@ def plot_agreement(
     ax.scatter(after.values[after.primary], _in_order(judged, after.ids), s=12, color=AFTER, alpha=.5, linewidths=0)
     return fig
 
-# %% ../nbs/06e_report.ipynb #50571565
+# %% ../nbs/06e_report.ipynb #6ccfcfa1
 def _png(figure):
     import matplotlib.pyplot as plt
     picture = io.BytesIO()
@@ -255,17 +271,19 @@ def draw_pictures(
         made['pictures/differences.png'] = 'What rows gained (blue) or lost (orange)', plot_differences(before, after)
         made['pictures/pairs.png'] = 'Each row before and after; those above the line gained', plot_pairs(before, after)
     made['pictures/lengths.png'] = 'Score against length: are words paid for?', plot_lengths(after)
-    if judge: made['pictures/judge.png'] = "The judge's scores", plot_judged(judge)
+    mark = ' (unfit judge, it failed its exam)' if judge and any(map(_is_unfit, judge.values())) else ''
+    if judge: made['pictures/judge.png'] = "The judge's scores"+mark, plot_judged(judge)
     if judge and 'after' in judge:
-        made['pictures/agreement.png'] = 'Judge against reference agreement', plot_agreement(judge['after'], after)
+        made['pictures/agreement.png'] = 'Judge against reference agreement'+mark, plot_agreement(judge['after'], after)
     return {name: (text, _png(figure)) for name,(text, figure) in made.items()}
 
-# %% ../nbs/06e_report.ipynb #481fd69c
+# %% ../nbs/06e_report.ipynb #b738dbdf
 def visible(
     text, # Anything; shown as text
 )->str: # The same with every control character replaced by a mark
-    "`text` without characters that act instead of being seen"
-    return ''.join(c if c in '\n\t\u200c\u200d' or c.isprintable() else '�' for c in str(text))
+    "`text` without characters that act instead of being seen; every kind of space and of line end is kept"
+    def seen(c): return c in '\n\t\u200c\u200d' or c.isprintable() or unicodedata.category(c)=='Zs'
+    return ''.join(c if seen(c) else '�' for c in str(text).replace('\r\n', '\n'))
 
 ENTITIES = {'|': '&#124;', '<': '&lt;', '>': '&gt;', '&': '&amp;'}
 
@@ -348,7 +366,7 @@ def unread_table(
     lines = [[u[k] for k in ('file', 'id', 'status', 'text')] for u in data['judge']['unread']]
     return ['file', 'row', 'why', 'reply'], lines
 
-# %% ../nbs/06e_report.ipynb #4713de9f
+# %% ../nbs/06e_report.ipynb #c6e02190
 def report_sentences(
     data:dict, # What `report_data` gave
 )->list: # Sentences, the most important first
@@ -376,14 +394,15 @@ def judge_sentences(
     "What the judge said, never without the mark of its exam"
     if 'judge' not in data: return []
     judge = data['judge']
-    said = [f'{name}: {judge[name]["text"]}.' for name in ('before', 'after') if name in judge]
-    if 'compared' in judge:
-        unfit = judge['exam'] and not judge['exam']['passed']
-        said.append(('By this unfit judge: ' if unfit else 'By this judge: ')+judge['compared']['verdict'])
-    if 'agreement' in judge: said.append(f"Judge and {data['primary'].replace('_', ' ')}: {judge['agreement']}.")
     files = [judge[name] for name in ('before', 'after') if name in judge]
+    said = [f'{name}: {judge[name]["text"]}.' for name in ('before', 'after') if name in judge]
+    who, headline = 'this unfit judge' if judge.get('unfit') else 'this judge', data['primary'].replace('_', ' ')
+    if 'compared' in judge: said.append(f"By {who}: {judge['compared']['verdict']}")
+    if 'not_compared' in judge: said.append(judge['not_compared'])
+    if 'agreement' in judge: said.append(f"{who.capitalize()} and {headline}: {judge['agreement']}.")
+    if 'pairs' in judge: said.append(f"Side by side, by {who}: {judge['pairs']}.")
+    if not files: return said
     n_read, n_written = (sum(f['tokens'][k] for f in files) for k in (0, 1))
-    if 'pairs' in judge: said.append(f"Side by side, {judge['pairs']}.")
     return said+[f"The judge read {n_read} and wrote {n_written} tokens in {sum(f['secs'] for f in files):.0f} s."]
 
 # %% ../nbs/06e_report.ipynb #04506d3c
@@ -464,7 +483,7 @@ PAGE = """<!doctype html>
 </body></html>
 """
 
-# %% ../nbs/06e_report.ipynb #84d1f968
+# %% ../nbs/06e_report.ipynb #fce84429
 def report_html(
     title:str, # Heading of the page
     data:dict, # What `report_data` gave
@@ -479,11 +498,15 @@ def report_html(
                  metrics=metric_table(data), kinds=kind_table(data), health=health_table(data),
                  picked=list(data['rows'].items()), config=list(data['config'].items()), judge=judge_sentences(data))
     if 'judge' in data:
-        exam = data['judge']['exam']
-        shown |= dict(unread=unread_table(data), exam=exam and exam_table(data), unfit=exam and not exam['passed'])
+        judge = data['judge']
+        shown |= dict(unread=unread_table(data), exam=judge['exam'] and exam_table(data), unfit=judge.get('unfit'))
     return env.from_string(PAGE).render(shown)
 
-# %% ../nbs/06e_report.ipynb #ed3bc03c
+# %% ../nbs/06e_report.ipynb #2a7fff9a
+def _add_pairs(data, pairs):
+    "Note what a judge said about pairs, also where it judged no single file"
+    data.setdefault('judge', dict(exam=None, unread=[]))['pairs'] = str(pairs)
+
 def write_report(
     out, # Folder to write into
     *, title:str, # Heading of the pages
@@ -504,7 +527,7 @@ def write_report(
     scores = base and score_responses(base), score_responses(tuned)
     data = report_data(base_rows, tuned_rows, val_before, val_after, config, judge, notes, scores=scores, **people)
     if log is not None: data['secs'] |= {'training': getattr(log, 'secs', 0)}
-    if pairs is not None: data['judge']['pairs'] = str(pairs)
+    if pairs is not None: _add_pairs(data, pairs)
     pictures = draw_pictures(*scores, judge, log)
     for name,(_, png) in pictures.items(): write_atomic(out/name, png)
     save_json(out/'report.json', jsonable({'title': title, **data}), indent=1)
@@ -512,7 +535,7 @@ def write_report(
     write_atomic(out/'report.html', report_html(title, data, pictures))
     return data
 
-# %% ../nbs/06e_report.ipynb #d2241ec5
+# %% ../nbs/06e_report.ipynb #2dced694
 def judge_report(
     path, # A responses file
     url:str, # Address of the judge's server
@@ -547,5 +570,5 @@ def compare_files(
     title = f'{Path(before).name} and {Path(after).name}'
     if out is not None: return write_report(out, title=title, base_rows=before, tuned_rows=after, pairs=pairs, **how)
     data = report_data(before, after, **how)
-    if pairs is not None: data['judge']['pairs'] = str(pairs)
+    if pairs is not None: _add_pairs(data, pairs)
     return data

@@ -6,18 +6,18 @@
 __all__ = ['Place', 'read_url', 'Reply', 'read_openai', 'read_ollama', 'chat_body', 'Passing', 'Declined', 'Server', 'name_model',
            'first_reply', 'record_turns', 'server_answers', 'respond_file']
 
-# %% ../nbs/06b_server.ipynb #6cee7d62
+# %% ../nbs/06b_server.ipynb #4bede02f
 import json, os, random, re, time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from urllib.parse import urlsplit, urlunsplit
 
 import httpx
 from .data import InputError, load_records, shorten
-from .evaluation import answer_file
+from .evaluation import answer_file, text_of
 
-# %% ../nbs/06b_server.ipynb #769f9a63
+# %% ../nbs/06b_server.ipynb #825adfd8
 @dataclass(frozen=True)
 class Place:
     "The address of a server and the dialect it speaks"
@@ -41,17 +41,19 @@ def read_url(
     api:str|None=None, # 'openai' or 'ollama'; None: recognised from the address
 )->Place: # Where to ask, and how
     "The place an address means, raising `InputError` if it is none"
-    parts = urlsplit(url if '//' in url else f'http://{url}')
-    try: parts.port
-    except ValueError: parts = parts._replace(netloc='')
+    try:
+        parts = urlsplit(url if '//' in url else f'http://{url}')
+        port = parts.port
+    except ValueError: parts, port = urlsplit(''), None
     if parts.scheme not in ('http', 'https') or not parts.hostname:
         raise InputError(f"server url: not an address, got {url!r}; write it like http://127.0.0.1:8000/v1")
     if '@' in parts.netloc:
         raise InputError("server url: holds a name or password, which would end up in files; set SFT_NB_JUDGE_KEY")
     if api not in (None, 'openai', 'ollama'):
         raise InputError(f"server api: unknown, got {api!r}; choose 'openai' or 'ollama'")
-    path = re.sub(r'/(chat/completions|completions|models|api/chat|api/generate|api)?/?$', '', parts.path.rstrip('/'))
-    native = re.search(r'/api(/|$)', parts.path) or (parts.port==11434 and not path)
+    ending = r'/(chat/completions|completions|models|api/chat|api/generate|api/tags|api)?/?$'
+    path = re.sub(ending, '', parts.path.rstrip('/'))
+    native = re.search(r'/api(/(chat|generate|tags))?/?$', parts.path) or (port==11434 and not path)
     api = api or ('ollama' if native else 'openai')
     if api=='openai' and not path: path = '/v1'
     return Place(urlunsplit((parts.scheme, parts.netloc, path, '', '')), api, parts.query)
@@ -69,31 +71,33 @@ class Reply:
     thought:bool=False # Was there a separate train of thought?
     secs:float=0. # Time until the whole reply was here
 
-# %% ../nbs/06b_server.ipynb #5752fb4c
+# %% ../nbs/06b_server.ipynb #6a1cd9b3
 def _read_tokens(listed):
     "The alternatives of each token, from `logprobs.content` or Ollama's `logprobs`"
     def tops(t): return {a['token']: float(a['logprob']) for a in (t.get('top_logprobs') or [t])[::-1]}
-    return tuple((t['token'], tops(t)) for t in listed or [])
+    found = tuple((t['token'], tops(t)) for t in listed or [])
+    if all(lp<0.01 for _,likely in found for lp in likely.values()): return found
+    raise ValueError('no log probabilities')
 
 def read_openai(
     data:dict, # The body of a chat completion
 )->Reply: # The same in our shape
-    "A reply in OpenAI's dialect, raising `KeyError`, `TypeError` or `IndexError` if it is none"
+    "A reply in OpenAI's dialect, raising `KeyError`, `TypeError`, `ValueError` or `IndexError` if it is none"
     choice = data['choices'][0]
     message, usage = choice['message'], data.get('usage') or {}
     text = message.get('content') or ''
     if not isinstance(text, str): text = ''.join(part.get('text', '') for part in text)
     thought = any(message.get(k) for k in ('reasoning_content', 'reasoning')) or '<think' in text
     refused = bool(message.get('refusal')) or choice.get('finish_reason')=='content_filter'
-    return Reply(text, choice.get('finish_reason'), usage.get('prompt_tokens'), usage.get('completion_tokens'),
+    return Reply(text_of(text), choice.get('finish_reason'), usage.get('prompt_tokens'), usage.get('completion_tokens'),
                  _read_tokens((choice.get('logprobs') or {}).get('content')), refused, thought)
 
 def read_ollama(
     data:dict, # The body of an `/api/chat` reply
 )->Reply: # The same in our shape
-    "A reply in Ollama's dialect, raising `KeyError` or `TypeError` if it is none"
+    "A reply in Ollama's dialect, raising `KeyError`, `TypeError` or `ValueError` if it is none"
     message = data['message']
-    text = message['content'] or ''
+    text = text_of(message['content'] or '')
     return Reply(text, data.get('done_reason'), data.get('prompt_eval_count'), data.get('eval_count'),
                  _read_tokens(data.get('logprobs')), False, bool(message.get('thinking')) or '<think' in text)
 
@@ -120,12 +124,12 @@ def chat_body(
     elif schema: body['response_format'] = {'type': style, style: {'name': 'verdict', 'strict': True, 'schema': schema}}
     return body | dict(temperature=0, seed=123, max_tokens=max_new)
 
-# %% ../nbs/06b_server.ipynb #ab0b37bd
+# %% ../nbs/06b_server.ipynb #681dfbd9
 class Passing(Exception):
     "Trouble that may be over when we ask again"
     def __init__(self, what, wait=None, kind=''):
         super().__init__(what)
-        self.wait, self.kind = wait, kind # seconds the server asked for; 'down' (nobody there) or 'late' (no reply)
+        self.wait, self.kind = wait, kind # seconds it asked for; 'down' (nobody there), 'late' (no reply), 'busy'
 
 class Declined(Exception):
     "The server understood and said no"
@@ -148,7 +152,7 @@ def _wished_wait(headers)->float|None:
     try: return min(60., max(0., float(headers.get('retry-after', ''))))
     except ValueError: return None
 
-# %% ../nbs/06b_server.ipynb #fa81d038
+# %% ../nbs/06b_server.ipynb #520adb46
 def _whole_body(reply, deadline, started):
     "The bytes of a reply, watching the clock and the size"
     data = bytearray()
@@ -161,7 +165,8 @@ def _whole_body(reply, deadline, started):
 def _wanted(status, headers, data, read):
     "What `read` takes from a reply's body, raising `Passing` or `Declined` for all that is no reply"
     if status in (408, 409, 425, 429) or status>=500:
-        raise Passing(f'HTTP {status}: {_server_words(data)}', _wished_wait(headers))
+        kind = 'busy' if status in (408, 409, 425, 429, 503) else ''
+        raise Passing(f'HTTP {status}: {_server_words(data)}', _wished_wait(headers), kind)
     if status>=300: raise Declined(status, _server_words(data))
     try: found = json.loads(data)
     except ValueError: raise Passing(f'HTTP {status} with a body that is not JSON: {data[:60]!r}') from None
@@ -179,7 +184,7 @@ def _patiently(attempt, tries, pause):
         return slower(state)+pause/2 if wished is None else wished+random.random()*pause
     return Retrying(retry=retry_if_exception_type(Passing), stop=enough, wait=wait, reraise=True)(attempt)
 
-# %% ../nbs/06b_server.ipynb #7d5fe70f
+# %% ../nbs/06b_server.ipynb #13211284
 class Server:
     "A chat server of either dialect; asks again on passing trouble"
     def __init__(self,
@@ -204,6 +209,8 @@ class Server:
         safe = self.place.local or self.place.base.startswith('https:')
         key = key or os.environ.get('SFT_NB_JUDGE_KEY') or (os.environ.get('OPENAI_API_KEY') if safe else '') or ''
         if not key.strip(): return {}
+        if strange := re.search(r'[^\x21-\x7e]', key.strip()):
+            raise InputError(f"server key: holds {ascii(strange[0])}, which no key does; copy it again, without quotes")
         azure = (urlsplit(self.place.base).hostname or '').endswith('.azure.com')
         return {'api-key': key.strip()} if azure else {'Authorization': f'Bearer {key.strip()}'}
 
@@ -295,7 +302,16 @@ def first_reply(
             else: server.drop += (hit[-1],)
     raise InputError(f"server {server.place.base}: declines every request for model {server.model!r}; check its name")
 
-# %% ../nbs/06b_server.ipynb #42b0f8b9
+# %% ../nbs/06b_server.ipynb #be82b14a
+def _no_answer(server, record, e):
+    "Why a run ends at `record`"
+    if isinstance(e, Declined):
+        return InputError(f"{record.where}: the server {server.place.base} declined it ({e}); drop it and begin anew, "
+                          "or change the server, and the same command goes on")
+    if not isinstance(e, Passing): return e
+    return InputError(f"server {server.place.base}: stopped answering ({e}) at {record.where}; "
+                      "what it has answered is kept, so the same command goes on from there")
+
 def record_turns(
     record, # A `Record`
 )->list: # Messages for a chat server
@@ -308,22 +324,24 @@ def server_answers(
     server:Server, # Where to ask; its model has been named, as `first_reply` does
     max_new:int=256, # Longest answer, in tokens
     workers:int|None=None, # Questions under way at a time; None: 1 on this machine, 8 elsewhere
-): # A function from a list of `Record`s to a list of answers, as `answer_file` wants it
-    "Let a server answer; trouble that lasts ends the run with `InputError`"
+): # A function from a list of `Record`s to their answers one by one, as `answer_file` wants it
+    "Let a server answer; trouble that lasts ends the run with `InputError`, after the answers that are there"
     def one(record):
         said = server.chat(record_turns(record), max_new)
         return SimpleNamespace(text=said.text, finish=said.finish, n_prompt=said.n_prompt, n_new=said.n_new)
 
     def answer(records):
-        with ThreadPoolExecutor(workers or (1 if server.place.local else 8)) as pool:
-            try: return list(pool.map(one, records))
-            except (Passing, Declined) as e:
-                pool.shutdown(cancel_futures=True)
-                raise InputError(f"server {server.place.base}: stopped answering ({e}); "
-                                 "what it has answered is kept, so the same command goes on from there") from None
+        pool = ThreadPoolExecutor(workers or (1 if server.place.local else 8))
+        asked = [pool.submit(one, r) for r in records]
+        try: wait(asked, return_when=FIRST_EXCEPTION)
+        finally: pool.shutdown(cancel_futures=True)
+        failed = [None if f.cancelled() else f.exception() for f in asked]
+        for future, e in zip(asked, failed): yield None if e or future.cancelled() else future.result()
+        for record, e in zip(records, failed):
+            if e: raise _no_answer(server, record, e) from None
     return answer
 
-# %% ../nbs/06b_server.ipynb #b8b86ddb
+# %% ../nbs/06b_server.ipynb #c9cca106
 def respond_file(
     data, # File of records to answer, in any format of `sft_nb.data`
     out, # Responses file to make
@@ -337,6 +355,8 @@ def respond_file(
     server, records = Server(url, model, **options), load_records(data, need_answer=False)
     first_reply(server)
     workers = workers or (1 if server.place.local else 8)
-    settings = dict(model=server.model, url=server.place.base, decoding='greedy', max_new=max_new, extra=server.extra)
+    greedy = 'temperature' not in server.drop and not server.extra.get('temperature')
+    settings = dict(model=server.model, url=server.place.base, decoding='greedy' if greedy else "the server's own",
+                    max_new=max_new, extra=server.extra)
     try: return answer_file(out, records, server_answers(server, max_new, workers), settings, batch_size=4*workers)
     finally: server.close()

@@ -66,14 +66,14 @@ def get_protocol(
     if name not in PROTOCOLS: raise InputError(f"protocol: unknown name {name!r}; {near_misses(name, PROTOCOLS)}")
     return PROTOCOLS[name]
 
-# %% ../nbs/06c_verdicts.ipynb #b7afff5f
-_CONTROL = re.compile(r'<(?=\|?/?\w[\w ]{0,40}\|?>)|\[(?=/?(?:INST|SYS)\])|<(?=<SYS>>)')
+# %% ../nbs/06c_verdicts.ipynb #5cab44aa
+_CONTROL = re.compile(r'<(?=[|｜]?/?\w[\w ▁]{0,40}[|｜]?>)|\[(?=/?[A-Z][A-Z_]+\])|<(?=<SYS>>)')
 
 def defuse(
     text:str, # Text from the data
 )->str: # The same to a reader, without anything a chat template could take for a control token
-    "Break control tokens by a space after their first character"
-    return _CONTROL.sub(lambda m: m[0]+' ', text)
+    "Put a space into control tokens, and � for half surrogate pairs, which cannot be sent"
+    return _CONTROL.sub(lambda m: m[0]+' ', re.sub('[\ud800-\udfff]', '�', text))
 
 # %% ../nbs/06c_verdicts.ipynb #e43ac681
 def quote(
@@ -99,10 +99,13 @@ def judge_prompt(
     blocks = [quote('task', asked), quote('reference', reference), *map(quote, names, answers)]
     return '\n\n'.join([order, *blocks, protocol.ending])
 
-# %% ../nbs/06c_verdicts.ipynb #9871c646
+# %% ../nbs/06c_verdicts.ipynb #fc7d2048
 _INVISIBLE = re.compile('[\u200b-\u200f\u2060-\u2064\ufeff\u00ad]')
-_MARKED = re.compile(r'\b(?:level|score|rating|verdict|grade)\b\W{0,6}(?:is|of|:|=)?\W{0,6}(-?\d+(?:\.\d+)?)', re.I)
-_NUMBER = re.compile(r'(?<![\w.,-])-?\d+(?:\.\d+)?(?![\w]|[.,]\d)')
+_GAP = r'[^\w.,−-]' # between a mark and its number: no letter, and nothing that changes the number
+_MARKED = re.compile(rf'\b(?:level|score|rating|verdict|grade)\b{_GAP}{{0,6}}(?:is|of)?{_GAP}{{0,6}}(\d+(?:\.\d+)?)'
+                     r'(?!\w|[.,]\d|\s*(?:[-−–—/]|to|or|and|out of)\s*\d)', re.I) # no range, no fraction
+_ENDS = re.compile(r'(?:\D*[^\w.,/−-])?(\d+)\W*') # the whole reply, or its end
+_BEGINS = re.compile(rf'{_GAP}*(\d+)[^\w\n]*[\n:=]\D*') # its first line, or "4 = mostly right"
 
 def after_thought(
     text:str, # A judge's reply
@@ -115,39 +118,48 @@ def after_thought(
 def _allowed(found, values):
     "The allowed value that the text or number `found` stands for, or None"
     try: number = float(found)
-    except (TypeError, ValueError): return None
+    except (TypeError, ValueError, OverflowError): return None
     return int(number) if number in values else None
 
-# %% ../nbs/06c_verdicts.ipynb #2c5d336f
+# %% ../nbs/06c_verdicts.ipynb #d18e4a2f
+def _objects(text):
+    "The JSON objects in a text that stand in no other braces"
+    end = depth = 0
+    for m in re.finditer('[{}]', text):
+        if m.start()<end: continue
+        if m[0]=='{' and not depth:
+            try: found, end = json.JSONDecoder().raw_decode(text, m.start())
+            except (ValueError, RecursionError): depth = 1
+            else: yield found
+        else: depth = max(0, depth+(1 if m[0]=='{' else -1))
+
 def _from_json(text, values):
-    for start in [m.start() for m in re.finditer(r'\{', text)][::-1]:
-        try: found = json.JSONDecoder().raw_decode(text[start:])[0]
-        except (ValueError, RecursionError): continue
-        given = [found[k] for k in ('level', 'score') if k in found]
-        if given and not isinstance(given[0], bool): return True, _allowed(given[0], values)
-    return False, None
+    "Does an object in the text hold a verdict, and which? The last one counts"
+    given = [found[k] for found in _objects(text) for k in ('score', 'level') if k in found][-1:]
+    return bool(given), _allowed(given[0], values) if given and not isinstance(given[0], bool) else None
 
 def read_verdict(
     text:str, # A judge's whole reply
     values:tuple, # Allowed verdicts
 )->int|None: # The verdict, or None if it is not certain
-    "The one verdict that `text` gives: in JSON, marked as such, or as its only number"
+    "The one verdict that `text` gives: in JSON, marked as such, or as its only number, first or last"
     text = after_thought(text)
     is_json, value = _from_json(text, values)
     if is_json: return value
     text = re.sub(rf'\s*(?:/|out of)\s*{values[-1]}\b', '', text)
-    marked = _MARKED.findall(text)
-    found = marked[-1:] or list(set(_NUMBER.findall(text)))
-    return _allowed(found[0], values) if len(found)==1 else None
+    marked = {float(n) for n in _MARKED.findall(text)}
+    if marked: return _allowed(min(marked), values) if len(marked)==1 else None
+    bare = _ENDS.fullmatch(text) or _BEGINS.fullmatch(text)
+    return _allowed(bare[1], values) if bare else None
 
-# %% ../nbs/06c_verdicts.ipynb #e45ee502
+# %% ../nbs/06c_verdicts.ipynb #277a1bfe
 def read_cut_verdict(
     text:str, # A reply that ended at the token limit
     values:tuple, # Allowed verdicts
 )->int|None: # The verdict, if the first line is nothing else
     "The verdict of an unfinished reply"
     first = after_thought(text).partition('\n')
-    bare = re.fullmatch(r'\W*(?:level|score)?\W*(\d+)\W*', first[0], re.I) if first[1] else None
+    bare = re.fullmatch(rf'{_GAP}*(?:level|score)?{_GAP}*(\d+)\W*', first[0], re.I) if first[1] else None
     return _allowed(bare[1], values) if bare else None
 
 # %% ../nbs/06c_verdicts.ipynb #85b686ed
@@ -183,7 +195,7 @@ def read_tokens(
         return {v: sum(math.exp(lp) for t,lp in tops.items() if t.strip()==str(v)) for v in values}
     return {}
 
-# %% ../nbs/06c_verdicts.ipynb #b1144618
+# %% ../nbs/06c_verdicts.ipynb #2799977f
 _TOO_LONG = re.compile(r'context.{0,20}(length|window|size)|too long|maximum.{0,20}(length|tokens)|exceed', re.I)
 _FILTERED = re.compile(r'content.?(filter|management)', re.I)
 
@@ -210,20 +222,20 @@ class Judge:
         "Everything that makes this judge another one when it changes; part of every key"
         place = self.server.place
         return dict(model=self.server.model, url=place.base, api=place.api, way=self.way, protocol=self.protocol.name,
-                    style=self.style, max_new=self.max_new, context=self.context, extra=self.server.extra, reading=1)
+                    style=self.style, max_new=self.max_new, context=self.context, extra=self.server.extra, reading=2)
 
     def ask(self,
         prompt:str, # What `judge_prompt` gave
     )->Verdict: # Always a verdict: trouble is a status
         "One verdict"
-        try:
-            if self.way=='decision': return self._decide(prompt)
-            return self._read(self._chat(prompt))
+        try: return self._once(prompt)
         except Passing as e: return Verdict('error', error=str(e))
         except Declined as e:
             if e.status in (400, 413, 422) and _TOO_LONG.search(e.what): return Verdict('prompt_cut', error=str(e))
             if e.status==400 and _FILTERED.search(e.what): return Verdict('refused', error=str(e))
             return Verdict('error', error=str(e))
+
+    def _once(self, prompt): return self._decide(prompt) if self.way=='decision' else self._read(self._chat(prompt))
 
     def _chat(self, prompt):
         if self.way=='logprobs': return self.server.chat(prompt, 4, tops=20, context=self.context)
@@ -245,13 +257,15 @@ class Judge:
         state, started = prompt.removesuffix(self.protocol.ending).strip(), time.monotonic()
         def read(said):
             probs = said['answers']['verdict']['probabilities']
+            probs = {v: float(probs[str(n)]) for n,v in enumerate(self.protocol.values)}
+            if not all(0<=p<1.01 for p in probs.values()): raise ValueError('no probabilities')
             n_tokens = (said.get('usage') or {}).get('input_tokens')
-            return {v: float(probs[str(n)]) for n,v in enumerate(self.protocol.values)}, n_tokens
+            return probs, n_tokens
         body = {'model': self.server.model, 'state': state, 'questions': {'verdict': question}}
         probs, n_tokens = self.server.send('systemone', body, read)
         return expected_verdict(probs, Reply('', None, n_tokens, 0, secs=time.monotonic()-started))
 
-# %% ../nbs/06c_verdicts.ipynb #37b51c4f
+# %% ../nbs/06c_verdicts.ipynb #bf14d7b0
 WAYS = ('decision', 'logprobs', 'json', 'text')
 
 def _way_works(judge):
@@ -262,8 +276,12 @@ def _way_works(judge):
             hello = 'Say hello in one sentence.' # a free server would obey; one that is bound to the schema cannot
             found = json.loads(judge.server.chat(hello, judge.max_new, schema=judge.schema, style=judge.style).text)
             return isinstance(found, dict) and _allowed(found.get('level'), judge.protocol.values) is not None
-        return judge.ask(judge_prompt(judge.protocol, 'Name the capital of France.', 'Paris', 'Paris')).status=='ok'
-    except (Passing, Declined, ValueError): return False
+        return judge._once(judge_prompt(judge.protocol, 'Name the capital of France.', 'Paris', 'Paris')).status=='ok'
+    except Passing as e:
+        if not e.kind: return False
+        place = judge.server.place.base
+        raise InputError(f"judge {place}: no answer while it was tried out ({e}); try again later") from None
+    except (Declined, ValueError): return False
 
 def preflight(
     server:Server, # Where to ask
@@ -299,7 +317,7 @@ def question_key(
     whole = json.dumps([judge.identity(), prompt, repeat], sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(whole.encode()).hexdigest()
 
-# %% ../nbs/06c_verdicts.ipynb #0d4dd23c
+# %% ../nbs/06c_verdicts.ipynb #11dc474a
 class Ledger:
     "Judgments in a file of lines; what stands there is never changed"
     def __init__(self,
@@ -337,7 +355,7 @@ class Ledger:
         with self.lock:
             if self.file is None: self._open()
             row = {**row, 'attempt': self.n_attempts[row['key']]+1}
-            self.file.write(json.dumps(row, ensure_ascii=False, allow_nan=False).encode()+b'\n')
+            self.file.write(json.dumps(row, ensure_ascii=False, allow_nan=False).encode(errors='replace')+b'\n')
             self.file.flush()
             os.fsync(self.file.fileno())
             self._keep(row)
@@ -377,7 +395,7 @@ def judgment(
         raw=reply.text[:4000], finish=reply.finish, usage=dict(prompt=reply.n_prompt, completion=reply.n_new),
         secs=round(reply.secs, 3), error=verdict.error, at=datetime.now(timezone.utc).isoformat(timespec='seconds'))
 
-# %% ../nbs/06c_verdicts.ipynb #fb22a1af
+# %% ../nbs/06c_verdicts.ipynb #682fcad7
 def _settle(judge, question):
     "The verdict on one question; by rule where there is nothing to ask"
     return judge.ask(question.prompt) if question.prompt else Verdict('rule', question.rule)
@@ -418,7 +436,8 @@ def ask_all(
         raise
     finally: pool.shutdown(wait=True, cancel_futures=True)
     if waiting:
+        n_done = sum(ledger.last.get(k, {}).get('status') in done for k in todo)
         raise JudgeStopped(
             f"judge {judge.server.place.base}: {breaker} questions in a row failed (the last: {trouble}); "
-            f"{len(todo)-len(waiting)} of {len(todo)} are in {ledger.path}, so the same command goes on from there")
+            f"{n_done} of {len(todo)} verdicts are in {ledger.path}, so the same command goes on from there")
     return [ledger.last[k] for k in keys]

@@ -18,8 +18,8 @@ from scipy import stats
 
 from sft_nb.comparison import Interval, _level, agree, auc, compare_scores, mean_interval, score_interval, weighted_kappa
 from sft_nb.data import InputError
-from sft_nb.evaluation import (METRICS, Scores, answer_file, exact_loose, load_embedder, load_meta, load_responses, numbers_in, novel_recall,
-                               response_rows, row_ids, save_responses, score_responses, words)
+from sft_nb.evaluation import (METRICS, Scores, answer_file, exact_loose, load_embedder, load_meta, load_responses, number_agreement, numbers_in,
+                               novel_recall, response_rows, row_ids, save_responses, score_responses, words)
 from sft_nb.report import md_cell, md_table, report_data, report_html, visible, write_report
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,7 +47,8 @@ def test_the_scratchpads_file_is_readable_by_its_own_reader(tmp_path):
 
 @pytest.mark.parametrize('content, text', [('', 'holds no rows'), ('[]', 'holds no rows'), ('[1]', 'must be an object'), ('{"a": 1}', 'model_response'),
                                            ('[{"instruction": "a", "output": "b", "model_response": 3}]', "'model_response' must be text, got 3"),
-                                           ('[{"instruction": "a", "output": "b", "model_response": ""}', 'cut')])
+                                           ('[{"instruction": "a", "output": "b", "model_response": ""}', 'cut'),
+                                           (r'[{"instruction": "a", "output": "b", "model_response": "\ud83d"}]', 'half a surrogate pair')])
 def test_bad_responses_files_are_one_clear_line(tmp_path, content, text):
     (tmp_path/'r.json').write_text(content)
     with pytest.raises(InputError, match=re.escape(text)) as e: load_responses(tmp_path/'r.json')
@@ -144,12 +145,21 @@ def test_words_are_stable(text):
 
 
 @pytest.mark.parametrize('a, b, same', [('2.0', '2', True), ('1,000', '1000', True), ('-5', '5', False), ('a<b', 'a>b', False), ('It’s', "it's", True),
-                                        ('ﬁne', 'fine', True), ('naïve', 'naive', False), ('x²', 'x2', True), ('don’t', 'dont', False), ('50%', '50', False)])
+                                        ('ﬁne', 'fine', True), ('naïve', 'naive', False), ('x²', 'x2', True), ('don’t', 'dont', False), ('50%', '50', False),
+                                        ('60 km/h', '60km/h', True), ('0.5', '.5', True), ('5', '.5', False), ('2.5 kg', '2.5kg', True), ('2 kg', '2.5kg', False),
+                                        ('1,000 kg', '1000kg', True), ('3F8G', '3 F8G', False), ('5', '...5', True)])
 def test_loose_equality(a, b, same): assert (exact_loose('', a, b) == 100) is same
 
 
 def test_numbers_are_compared_as_numbers():
     assert numbers_in('It cost $1,234.50, or 3F8G6 or 5-7-5') == {'1234.5': 1, '5': 2, '7': 1}
+    assert numbers_in('1) 64\n\n2) 81') == {'64': 1, '81': 1}
+    assert numbers_in('64. That is 8 times 8.') == {'64': 1, '8': 2} and numbers_in('64.\n') == {'64': 1}
+
+
+@pytest.mark.parametrize('reference, answer, points', [('60 km/h', '60km/h', 100), ('0.5', '.5', 100), ('-0.5', '-.5', 100), ('2 kg', '2.5kg', 0),
+                                                       ('1 kg', '1,000kg', 0), ('1000 kg', '1,000kg', 100), ('3', '3F8G', 0), ('64', '64. That is 8 times 8.', 100)])
+def test_numbers_with_units(reference, answer, points): assert number_agreement('', reference, answer) == points
 
 
 def test_chrf_is_sacrebleus():
@@ -208,6 +218,15 @@ def test_coverage_of_our_interval(name, n):
     population, rng = np.array(POPULATIONS[name], float), np.random.default_rng(n)
     held = [(i.low <= population.mean() <= i.high) for i in (mean_interval(rng.choice(population, n), n_resamples=399, seed=s) for s in range(800))]
     assert 0.93 <= np.mean(held) <= 0.97
+
+
+def test_five_rows_are_no_evidence():
+    "All five better happens by luck in one of 16 cases; all six in one of 32, and that may be said"
+    for n, groups in [(1, ()), (5, ()), (60, tuple(range(5))*12)]:
+        c = compare_scores(scores([10.]*n, groups=groups), scores([20.+i % 7 for i in range(n)], groups=groups))
+        assert (c.diff.low, c.diff.high, c.visible) == (-math.inf, math.inf, math.inf)
+        assert 'cannot tell' in c.verdict and 'too few rows' in c.verdict and 'would show' not in c.verdict and 'inf' not in c.verdict
+    assert 'better' in compare_scores(scores([10.]*6), scores([20., 30, 25, 15, 12, 40])).verdict
 
 
 def test_grouped_rows_give_wider_intervals():
@@ -286,7 +305,7 @@ def test_single_rows_and_kinds():
     one = score_interval(scores([70.], kinds=('short',)), kind='short')
     assert (one.mean, one.low, one.high, one.n) == (70, -math.inf, math.inf, 1)
     assert score_interval(scores([70.], kinds=('short',)), kind='open').n == 0
-    assert compare_scores(scores([70.]), scores([80.])).verdict.startswith('These 1 rows cannot')
+    assert compare_scores(scores([70.]), scores([80.])).verdict.startswith('1 row cannot')
 
 
 # ---- the report
@@ -320,6 +339,13 @@ def test_nothing_in_an_answer_becomes_markup(tmp_path):
     assert 'alert(1)' in ''.join(seen.text) and '{{ 7*7 }}' in ''.join(seen.text) and '\x1b' not in page
     assert '<script' not in plain and '![x]' not in plain and '[click]' not in plain
     assert json.loads((tmp_path/'report.json').read_text())['notes'] == NASTY
+
+
+def test_spaces_and_line_ends_are_seen_as_they_are():
+    "Literally: what is a space stays one, and what acts becomes a mark"
+    assert visible('12\u00a0000\u202fkm\u3000\r\nend') == '12\u00a0000\u202fkm\u3000\nend'
+    assert visible('a\u202eb\u200fc\rd\x00') == 'a�b�c�d�'
+    assert md_cell('12\u00a0000\r\nend') == '12\u00a0000<br>end'
 
 
 @given(st.text())

@@ -18,8 +18,8 @@ from test_evaluation import kill_when_grown
 from sft_nb.data import InputError
 from sft_nb.evaluation import answer_file, load_responses, save_responses
 from sft_nb.judge import judge_file, judge_pair_files
-from sft_nb.server import Server, first_reply, server_answers
-from sft_nb.verdicts import FINAL, JudgeStopped, get_protocol, judge_prompt, preflight, quote, read_verdict
+from sft_nb.server import Server, first_reply, respond_file, server_answers
+from sft_nb.verdicts import FINAL, JudgeStopped, get_protocol, judge_prompt, preflight, quote, read_cut_verdict, read_verdict
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = 'oak ash elm fir yew beech birch alder maple larch pine cedar palm fig plum pear apple cherry olive lime'.split()
@@ -95,7 +95,7 @@ def test_a_dead_server_stops_the_run_and_the_next_goes_on(tmp_path):
             if len(server.seen) == 7: server.script = {'500': 1}
             return original(prompt)
         server.level = dies
-        with pytest.raises(JudgeStopped, match=r'5 questions in a row failed \(the last: HTTP 500: not now\); 12 of 20 are in') as stopped:
+        with pytest.raises(JudgeStopped, match=r'5 questions in a row failed \(the last: HTTP 500: not now\); 7 of 20 verdicts are in') as stopped:
             judge(path, server, workers=1, tries=2)
         assert '\n' not in str(stopped.value)
         server.script, server.level = {'good': 1}, original
@@ -170,9 +170,32 @@ def test_the_last_final_verdict_counts(tmp_path):
 
 
 @pytest.mark.parametrize('text', ['', ' ', '\u200b', '5'*4000, '{'*3000, '{"level": ', '[]', '{"level": null}', '{"level": [4]}', '{"score": "high"}',
-                                  '-4', '4e0', 'IV', 'level four', '<think>4', '1 2 3 4 5', 'Score: 4 then Score: 12'])
+                                  '-4', '4e0', 'IV', 'level four', '<think>4', '1 2 3 4 5', 'Score: 4 then Score: 12',
+                                  'Level: 2. It does not reach level 3.', 'Score: 2, no wait. Score: 4', 'Score: 4/10', 'Score: 10/10', '4/10', '10/10',
+                                  'Level: -4', 'Score: -1', 'Score: −1', 'Score: .5', '.5', 'Level: 3 or 4', 'Level: 3 to 4', 'Score: 4-5', 'Score: 4–5', 'Score: 4,5',
+                                  'The answer lists 5 items, none right.', '5 items, none right.', 'Level: 4.5',
+                                  '{"level": 3, "parts": {"accuracy": {"score": 5}}', f'{{"level": {"9"*400}}}'])
 def test_doubtful_replies_are_never_read(text):
     assert read_verdict(text, (1, 2, 3, 4, 5)) is None
+
+
+@pytest.mark.parametrize('text', ['4', '4.', '(4)', '**4**', 'Level 4', 'Level: 4', 'Level: 4.0', '**Level:** 4', 'The score is 4.', 'Score: 4 (1 = wrong, 5 = right)', '4/5',
+                                  'Score: 4/5', '4 out of 5', 'I would say 4.', '4\n\nA date is missing.', '**4**: mostly right', 'Level: 4. Yes, level 4.', '<level>4</level>',
+                                  '{"level": 3} {"level": 4}', '{"level": 4, "score": 5}', '{"verdict": 4}', 'so {it} is {"level": 4}',
+                                  '{"parts": {"score": 5}, "level": 4}', '{"level": 4, "parts": {"accuracy": {"score": 5}}}'])
+def test_certain_replies_are_read(text):
+    assert read_verdict(text, (1, 2, 3, 4, 5)) == 4
+
+
+@pytest.mark.parametrize('text, value', [('85', 85), ('85/100', 85), ('Score: 85/100', 85), ('85 out of 100', 85), ('100', 100), ('0', 0), ('10/10', None), ('Score: 10/10', None),
+                                         ('Score: 8.5/10', None), ('Score: 80-90', None), ('Score: 101', None), ('Score: 8,500', None)])
+def test_replies_on_the_books_scale(text, value):
+    assert read_verdict(text, tuple(range(101))) == value
+
+
+@pytest.mark.parametrize('text, value', [('4\nThe', 4), ('Level: 4\nThe', 4), ('-4\nThe', None), ('.5\nThe', None), ('4/10\nThe', None), ('Level: -4\nThe', None)])
+def test_cut_replies(text, value):
+    assert read_cut_verdict(text, (1, 2, 3, 4, 5)) == value
 
 
 CLIENT = '''
@@ -219,6 +242,43 @@ def test_answers_from_a_server_survive_kills_of_the_run(tmp_path):
         done = answer_file(tmp_path/'a.json', rows, mortal, settings, batch_size=5)
     assert [r['model_response'] for r in done] == [f"I was asked: {r['instruction']}" for r in rows]
     assert set(server.seen.values()) == {1}
+
+
+def test_a_record_that_the_server_declines_is_named_and_its_neighbours_are_kept(tmp_path):
+    (tmp_path/'r.json').write_text(json.dumps(records(12)))
+    with Scripted('good', level=lambda prompt: f'I was asked: {prompt}') as server:
+        act, server.bad = server.RequestHandlerClass.act, records(12)[5]['instruction']
+        def picky(self, what, prompt):
+            return self.send(400, {'error': {'message': 'context length exceeded'}}) if prompt == self.server.bad else act(self, what, prompt)
+        server.RequestHandlerClass = type('Picky', (server.RequestHandlerClass,), {'act': picky})
+        def run(): return respond_file(tmp_path/'r.json', tmp_path/'a.json', server.url, workers=2, pause=0.01)
+        with pytest.raises(InputError, match=r'r\.json record 5: the server .* declined it \(HTTP 400: context length exceeded\)') as e: run()
+        assert '\n' not in str(e.value)
+        kept = len((tmp_path/'a.partial.jsonl').read_text().splitlines())-1
+        assert kept == sum('Which tree' in prompt for prompt in server.seen) >= 5
+        server.bad = None
+        assert [r['model_response'] for r in run()] == [f"I was asked: {r['instruction']}" for r in records(12)]
+        assert max(n for prompt, n in server.seen.items() if 'Which tree' in prompt) == 1
+
+
+def test_replies_with_half_a_surrogate_pair_are_kept(tmp_path):
+    path = make(tmp_path, 3)
+    with Scripted('good', level=lambda prompt: 'Level 4 \ud83d') as server:
+        assert judge(path, server).counts == {'ok': 3}
+        assert lines(path)[0]['raw'] == 'Level 4 �'
+        (tmp_path/'r.json').write_text(json.dumps(records(2)))
+        rows = respond_file(tmp_path/'r.json', tmp_path/'a.json', server.url)
+    assert [r['model_response'] for r in rows] == ['Level 4 �']*2 and load_responses(tmp_path/'a.json') == rows
+
+
+def test_rows_that_cannot_be_asked_about_are_refused_before_the_exam(tmp_path):
+    rows = records(20)
+    save_responses(tmp_path/'r.json', rows+[{'instruction': 'No reference.'}], ['no']*21)
+    with Scripted('good') as server:
+        with pytest.raises(InputError, match='has no reference to judge by'): judge(tmp_path/'r.json', server, exam=20)
+        with pytest.raises(InputError, match='compares two answers'): judge(tmp_path/'r.json', server, protocol='pairs')
+        with pytest.raises(InputError, match='has no reference to judge by'): judge_pair_files(tmp_path/'r.json', tmp_path/'r.json', server.url)
+    assert not any('Which tree' in prompt for prompt in server.seen) and not (tmp_path/'judgments.jsonl').exists()
 
 
 def test_the_keys_of_judgments_tell_everything_apart(tmp_path):
@@ -284,6 +344,17 @@ def test_emulated_ollama_cut_prompts_are_noticed(tmp_path):
         assert server.bodies[-1]['options']['num_ctx'] == 8192
         cut = judge_file(tmp_path/'long.json', url, 'llama3', exam=0, extra={'options': {'num_ctx': 2048}}, out=tmp_path/'cut.jsonl')
     assert cut.counts == {'ok': 9, 'prompt_cut': 3}
+
+
+def test_emulated_ollama_makes_room_for_the_exam(tmp_path):
+    "The exam shows a long reference twice, the rows only once"
+    rows = [{'instruction': f'Tell {w}.', 'input': '', 'output': f'{w} '*900} for w in WORDS]
+    save_responses(tmp_path/'r.json', rows, ['no']*20)
+    with Scripted('good', ollama=('plain',)) as server:
+        url = f'http://127.0.0.1:{server.server_port}/api'
+        judged = judge_file(tmp_path/'r.json', url, 'llama3', way='text', exam=20)
+    assert judged.exam is not None and judged.judge['context'] == 8192 and judged.counts == {'ok': 20}
+    assert all(r['status'] == 'ok' for r in lines(tmp_path/'r.json'))
 
 
 # ---- real servers
