@@ -22,14 +22,15 @@ from typing import Iterator, NamedTuple
 class InputError(ValueError):
     "The user's file or argument is wrong; the message is one line: where, what, the value got, what to do"
 
-# %% ../nbs/00_data.ipynb #640d33e7
+# %% ../nbs/00_data.ipynb #8fa684f7
 def shorten(
     value, # Anything, however long or deeply nested
 )->str: # At most about 70 characters, on one line
     "A short `repr` of `value` for an error message"
     short = reprlib.Repr()
     short.maxstring, short.maxother, short.maxlevel, short.maxlist, short.maxdict = 60, 60, 2, 6, 4
-    return short.repr(value)
+    text = short.repr(value).replace('\n', ' ')
+    return text if len(text)<=70 else text[:67]+'...'
 
 # %% ../nbs/00_data.ipynb #70253915
 def near_misses(
@@ -215,7 +216,11 @@ def find_format(
     raise InputError(f"{where}: format not recognised, got fields {shorten(list(raw))}; one of {wanted} is needed "
                      "(rename= gives fields other names)")
 
-# %% ../nbs/00_data.ipynb #68be671d
+# %% ../nbs/00_data.ipynb #9fa79ddf
+def _check_format(fmt):
+    if fmt is not None and fmt not in FORMATS:
+        raise InputError(f"fmt: unknown format {fmt!r}; {near_misses(fmt, FORMATS)}")
+
 def read_record(
     raw, # One entry of a file
     fmt:str|None=None, # A key of `FORMATS`; None: recognised from the entry
@@ -225,6 +230,7 @@ def read_record(
     "The `Record` of one `raw` entry, raising `InputError` if it is not right"
     if not isinstance(raw, dict):
         raise InputError(f"{where}: a record must be an object with named fields, got {shorten(raw)}; mend the record")
+    _check_format(fmt)
     fmt = fmt or find_format(raw, where)
     telling, reader = FORMATS[fmt]
     if telling not in raw:
@@ -330,7 +336,7 @@ def _deal_groups(records, groups, sizes, seed):
         parts[fits[0] if fits else room.index(max(room))] += group
     return [sorted(part) for part in parts]
 
-# %% ../nbs/00_data.ipynb #55a34e45
+# %% ../nbs/00_data.ipynb #04bce92d
 def split_records(
     records, # `Record`s or dictionaries
     train:float=0.85, # Share of the set for training, in (0, 1)
@@ -346,31 +352,40 @@ def split_records(
         return Split(records[:sizes[0]], records[sizes[0]:sizes[0]+sizes[1]], records[sizes[0]+sizes[1]:])
     groups, first = Groups(len(records)), {}
     for i,r in enumerate(records): groups.join(first.setdefault(prompt_key(r), i), i)
-    for i,j,*_ in together: groups.join(i, j)
+    for i,j,*_ in together:
+        if not (0<=i<len(records) and 0<=j<len(records)):
+            raise InputError(f"split: together= holds indices from 0 to {len(records)-1}, got {shorten((i, j))}; "
+                             "look for the pairs in the same records")
+        groups.join(i, j)
     parts = _deal_groups(records, groups.lists(), sizes, seed)
     if not all(parts):
         raise InputError(f"split: a part is empty, got sizes {[len(p) for p in parts]}, since too many prompts are "
                          "alike to be parted; add records or join fewer")
     return Split(*([records[i] for i in part] for part in parts))
 
-# %% ../nbs/00_data.ipynb #c21a73cd
+# %% ../nbs/00_data.ipynb #10353c67
 @contextmanager
 def open_bytes(
     path, # A file, or '-' for standard input; gzip is unpacked
 ):
     "Give the file's bytes to a `with` block, raising `FileNotFoundError` or `InputError` if they cannot be read"
     stdin = str(path)=='-'
-    if not stdin and not Path(path).exists(): raise FileNotFoundError(
-        f"{path}: no such file; check the name (for a set on the Hugging Face hub write hub:owner/name)")
-    if not stdin and Path(path).is_dir(): raise InputError(f"{path}: is a folder, not a file; name the file in it")
-    f = None
-    try:
-        f = sys.stdin.buffer if stdin else open(path, 'rb')
-        yield gzip.GzipFile(fileobj=f) if f.peek(2)[:2]==b'\x1f\x8b' else f
+    f = sys.stdin.buffer if stdin else _open_file(path)
+    try: yield gzip.GzipFile(fileobj=f) if f.peek(2)[:2]==b'\x1f\x8b' else f
     except (OSError, EOFError, zlib.error) as e:
         raise InputError(f"{path}: cannot be read to its end, got {e}; check its rights, or fetch it again") from None
     finally:
-        if f and not stdin: f.close()
+        if not stdin: f.close()
+
+def _open_file(path):
+    name = path if len(str(path))<256 else shorten(str(path))
+    if os.path.isdir(path): raise InputError(f"{name}: is a folder, not a file; name the file in it")
+    try: return open(path, 'rb')
+    except (FileNotFoundError, NotADirectoryError): raise FileNotFoundError(
+        f"{name}: no such file; check the name (for a set on the Hugging Face hub write hub:owner/name)") from None
+    except (OSError, ValueError) as e: # a ValueError is about a NUL byte in the name
+        raise InputError(f"{name}: cannot be opened, got {getattr(e, 'strerror', e)}; check its name and its rights "
+                         "(records that are in memory go to as_records)") from None
 
 # %% ../nbs/00_data.ipynb #00a2fbdb
 def decode_text(
@@ -414,7 +429,7 @@ _json = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_finite,
 class CutOffError(InputError):
     "The text ends inside a value, so more of it is needed"
 
-# %% ../nbs/00_data.ipynb #e4b4cf6c
+# %% ../nbs/00_data.ipynb #a2a178c0
 def parse_json(
     text:str, # Text with a JSON value at `start`
     where:str, # Address for the error message
@@ -425,16 +440,19 @@ def parse_json(
     try: return _json.raw_decode(text, start)
     except json.JSONDecodeError as e:
         at = f"at line {line+e.lineno-1}, got {shorten(text[e.pos:e.pos+25])}"
-        if e.msg.startswith('Unterminated') or len(text)-e.pos<16 and not text[e.pos:].strip(' \r\n\tacefilnrstu\\'):
+        half_escape = e.msg.startswith('Invalid \\u') and len(text)-e.pos<6
+        if e.msg.startswith('Unterminated') or half_escape or (
+                len(text)-e.pos<16 and not text[e.pos:].strip(' \r\n\tacefilnrstu\\')):
             raise CutOffError(f"{where}: ends in the middle {at}; the file is cut off, so fetch it again") from None
-        if text[e.pos:e.pos+1] in ('}', ']') and text[:e.pos].rstrip().endswith(','):
+        if e.msg.startswith('Illegal trailing comma') or ( # what Python says from version 3.13 on
+                text[e.pos:e.pos+1] in ('}', ']') and text[:e.pos].rstrip().endswith(',')):
             raise InputError(f"{where}: a comma stands before a closing bracket {at}; take it out") from None
         raise InputError(f"{where}: is not JSON ({e.msg}) {at}; mend the file there") from None
     except RecursionError: raise InputError(f"{where}: is nested too deeply; a record is flat text") from None
     except InputError as e: raise InputError(f"{where}: {e}") from None
     except ValueError as e: raise InputError(f"{where}: {e}; mend the value") from None
 
-# %% ../nbs/00_data.ipynb #a8aa54a2
+# %% ../nbs/00_data.ipynb #34015010
 def _portions(f, where, size=1<<20):
     line = 1
     while lines := f.readlines(size):
@@ -443,19 +461,39 @@ def _portions(f, where, size=1<<20):
 
 def _line_rows(portions, where, dropped):
     for first, text in portions:
+        last = first+text.count('\n') # the one line that no line break ends
         for n, line in enumerate(text.split('\n'), first):
             if not line.strip(): continue
-            try:
-                row, end = parse_json(line.strip(), f'{where} line {n}', line=n)
-                if rest := line.strip()[end:]:
-                    raise InputError(f"{where} line {n}: holds more than one value, got {shorten(rest)}; "
-                                     "write one record a line")
+            try: row = _line_value(line.strip(), f'{where} line {n}', n, n==last)
             except InputError as e: _drop(e, dropped)
             else: yield f'{where} line {n}', row
+
+def _line_value(line, where, n, is_last):
+    try: row, end = parse_json(line, where, line=n)
+    except CutOffError:
+        if is_last: raise
+        raise InputError(f"{where}: holds only the beginning of a value, got {shorten(line)}; write one record a line, "
+                         "or a list in [ ]") from None
+    if rest := line[end:]:
+        raise InputError(f"{where}: holds more than one value, got {shorten(rest)}; write one record a line")
+    return row
 
 def _drop(error, dropped):
     if dropped is None: raise error from None
     dropped.append(str(error))
+
+# %% ../nbs/00_data.ipynb #0c86dbb1
+def _list_portions(f, where, size=1<<20):
+    line, held = 1, b''
+    while block := f.read(size):
+        end = max(block.rfind(b'"'), block.rfind(b','))
+        if end<1:
+            held += block
+            continue
+        data, held = held+block[:end], block[end:]
+        yield line, decode_text(data, where, line)
+        line += data.count(b'\n')
+    if held: yield line, decode_text(held, where, line)
 
 # %% ../nbs/00_data.ipynb #8f651214
 class _Window:
@@ -553,26 +591,57 @@ def _hub_rows(name, where):
                          "network, write hub:owner/name:split") from None
     for i, row in enumerate(rows): yield f'{where} row {i}', row
 
-# %% ../nbs/00_data.ipynb #7d524cb1
+# %% ../nbs/00_data.ipynb #df3b70ff
+def _date_text(value):
+    if hasattr(value, 'isoformat'): return value.isoformat()
+    raise TypeError
+
+def _json_row(row, where):
+    "`row` as it will come back from JSON"
+    back = {}
+    for name, value in row.items():
+        try: back[name] = json.loads(json.dumps(value, default=_date_text, allow_nan=False))
+        except (TypeError, ValueError):
+            raise InputError(f"{where}: field {name!r} holds what JSON cannot, got {shorten(value)}; store it as text, "
+                             "or take the column out") from None
+    return back
+
+def _json_rows(rows, dropped):
+    for where, row in rows:
+        try: row = _json_row(row, where)
+        except InputError as e: _drop(e, dropped)
+        else: yield where, row
+
+# %% ../nbs/00_data.ipynb #245ea6c5
 def load_rows(
     path, # JSON, JSONL, CSV, TSV or Parquet, perhaps gzipped; '-' is standard input, 'hub:owner/name' a set on the hub
-    dropped:list|None=None, # Collects messages about JSONL lines that are left out; None: the first one raises
+    dropped:list|None=None, # Collects messages about lines and rows that are left out; None: the first one raises
 )->Iterator: # Pairs of an address such as "x.json record 3" or "x.jsonl line 4", and what stands there
     "The raw entries of a file, each with its address, one by one"
     where = 'standard input' if str(path)=='-' else str(path)
     if where.startswith('hub:'):
-        yield from _hub_rows(where[4:], where)
+        yield from _json_rows(_hub_rows(where[4:], where), dropped)
         return
     with open_bytes(path) as f:
         table = re.search(r'\.([ct]sv)(\.gz)?$', where, re.I)
         start = f.peek(1<<16).removeprefix(b'\xef\xbb\xbf').lstrip()[:4]
-        if start==b'PAR1': rows = _parquet_rows(f, where)
+        if start==b'PAR1': rows = _json_rows(_parquet_rows(f, where), dropped)
         elif table: rows = _csv_rows(f, where, '\t' if table[1].lower()=='tsv' else ',')
-        elif start[:1]==b'[': rows = _list_rows(_portions(f, where), where)
+        elif start[:1]==b'[': rows = _list_rows(_list_portions(f, where), where)
         else: rows = _line_rows(_portions(f, where), where, dropped)
         yield from rows
 
-# %% ../nbs/00_data.ipynb #afccbdb6
+# %% ../nbs/00_data.ipynb #41264f07
+def _renamed(raw, rename, where):
+    "The fields of `raw` with the names that `rename` gives them"
+    if not rename or not isinstance(raw, dict): return raw
+    names = [rename.get(k, k) for k in raw]
+    if len(set(names))==len(names): return dict(zip(names, raw.values()))
+    twice = Counter(names).most_common(1)[0][0]
+    raise InputError(f"{where}: rename gives two fields the name {twice!r}, got fields {shorten(list(raw))}; give the "
+                     "other one a new name too")
+
+# %% ../nbs/00_data.ipynb #306cc37f
 def iter_records(
     path, # JSON, JSONL, CSV, TSV or Parquet, perhaps gzipped; '-' is standard input, 'hub:owner/name' a set on the hub
     fmt:str|None=None, # A key of `FORMATS`; None: recognised from the first record
@@ -581,15 +650,17 @@ def iter_records(
     dropped:list|None=None, # Collects messages about records that are left out; None: the first one raises
 )->Iterator: # `Record`s in file order
     "The checked records of a file one by one, for sets that are larger than the memory"
-    if fmt is not None and fmt not in FORMATS:
-        raise InputError(f"fmt: unknown format {fmt!r}; {near_misses(fmt, FORMATS)}")
+    _check_format(fmt)
+    names = set()
     for where, raw in load_rows(path, dropped):
-        if rename and isinstance(raw, dict): raw = {rename.get(k, k): v for k,v in raw.items()}
-        try: record = read_record(raw, fmt, where, need_answer)
+        if rename and isinstance(raw, dict): names.update(raw)
+        try: record = read_record(_renamed(raw, rename, where), fmt, where, need_answer)
         except InputError as e: _drop(e, dropped)
         else:
             fmt = record.fmt
             yield record
+    if names and (absent := [k for k in rename if k not in names]):
+        raise InputError(f"{path}: no record has the field {absent[0]!r} of rename; {near_misses(absent[0], names)}")
 
 # %% ../nbs/00_data.ipynb #0f532c38
 def load_records(
@@ -666,11 +737,11 @@ def save_records(
     text = ''.join(_json_text(r, None)+'\n' for r in rows) if kind[1]=='jsonl' else _json_text(rows, 4)+'\n'
     write_atomic(path, gzip.compress(text.encode(), mtime=0) if kind[2] else text)
 
-# %% ../nbs/00_data.ipynb #389959e4
+# %% ../nbs/00_data.ipynb #3d31e188
 def default_data_file()->Path: # data/sft/train/instruction-data.json, here or beside the package
     "The record set that comes with the library, raising `FileNotFoundError` where there is none"
     import sft_nb
     for folder in Path(), Path(sft_nb.__file__).parent.parent:
         file = folder/'data'/'sft'/'train'/'instruction-data.json'
-        if file.exists(): return file
+        if os.path.exists(file): return file
     raise FileNotFoundError(f"{file}: the set that comes with the repository is not there; pass a file of your own")

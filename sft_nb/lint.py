@@ -23,17 +23,17 @@ _nothing = re.compile(r'[-\s.–—_<>()\[\]]*(no\W?(input|output|answer|respons
                       r'[-\s.–—_<>()\[\]]*', re.I)
 _hidden = re.compile('[\0-\b\v\f\x0e-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060\ufeff]')
 
-# %% ../nbs/00a_lint.ipynb #82e64c09
+# %% ../nbs/00a_lint.ipynb #c999b1e8
 def lint_text(
     text:str, # One field or turn
     max_chars:int=20_000, # Longer texts are reported
-)->Iterator: # Pairs of a kind of finding and the text's own words
+)->Iterator: # Pairs of a kind of finding and what was found, as a message shows it
     "What in `text` a reader would stumble over, whoever says it"
-    if found := _markers.search(text): yield 'template marker', found[0]
+    if found := _markers.search(text): yield 'template marker', shorten(found[0])
     if found := _hidden.search(text): yield 'control character', ascii(found[0])
     if len(text)>max_chars: yield 'over-long', f'{len(text):,} characters'
     if not text.isascii() and (found := _bad_encoding(text)): yield 'mojibake', found
-    if text!=text.strip(): yield 'outer space', text[:8]+'...'+text[-8:]
+    if text!=text.strip(): yield 'outer space', shorten(text[:8]+'...'+text[-8:])
 
 # %% ../nbs/00a_lint.ipynb #dc1824c6
 def _bad_encoding(text):
@@ -56,7 +56,7 @@ class Finding(NamedTuple):
 _EMPTY = {'system': 'empty system message', 'user': 'empty question', 'assistant': 'empty answer'}
 _UNREAD = 'system', 'system_prompt', 'history', 'context', 'tools', 'functions', 'chosen', 'rejected'
 
-# %% ../nbs/00a_lint.ipynb #7fef90ca
+# %% ../nbs/00a_lint.ipynb #640b143a
 def lint_record(
     record, # A `Record`
     max_chars:int=20_000, # Longer texts are reported
@@ -64,7 +64,7 @@ def lint_record(
     "What in one record a reader would stumble over"
     for m in record.messages:
         where = f'{record.where} {m.role}'
-        yield from (Finding(where, kind, shorten(got)) for kind,got in lint_text(m.content, max_chars))
+        yield from (Finding(where, kind, got) for kind,got in lint_text(m.content, max_chars))
         if _nothing.fullmatch(m.content): yield Finding(where, _EMPTY[m.role], shorten(m.content))
     if record.input and _nothing.fullmatch(record.input):
         yield Finding(record.where, 'placeholder input', shorten(record.input))

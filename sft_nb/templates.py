@@ -7,8 +7,8 @@ __all__ = ['TEMPLATES', 'format_input', 'Segment', 'Rendered', 'tidy_segments', 
            'unused_text', 'ChatTemplate', 'get_template', 'template_names', 'render_prompt', 'render_record',
            'as_jinja', 'save_template', 'load_template']
 
-# %% ../nbs/01_templates.ipynb #55769cb5
-import datetime, hashlib, json, re
+# %% ../nbs/01_templates.ipynb #f68759ab
+import datetime, hashlib, json, os, re
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -365,15 +365,15 @@ TEMPLATES |= {t.name: t for t in [
     ChatTemplate('gemma', _gemma, (('bos_token', '<bos>'),)),
     ChatTemplate('llama2', _llama2, _bos_eos), ChatTemplate('mistral', _mistral, _bos_eos)]}
 
-# %% ../nbs/01_templates.ipynb #78a0a2ba
+# %% ../nbs/01_templates.ipynb #c8a07de9
 def get_template(
     name, # A known name, a model's folder, or a template, which is returned as it is
 ): # A `TextTemplate` or `ChatTemplate`
     "The template of that name, raising `InputError` with the near misses"
     if isinstance(name, (TextTemplate, ChatTemplate)): return name
     if name in TEMPLATES: return TEMPLATES[name]
-    if Path(name).is_dir(): return load_template(name)
-    raise InputError(f"template: unknown name {str(name)!r}; {near_misses(name, TEMPLATES)}")
+    if os.path.isdir(name): return load_template(name)
+    raise InputError(f"template: unknown name {shorten(str(name))}; {near_misses(name, TEMPLATES)}")
 
 # %% ../nbs/01_templates.ipynb #b6a7fed2
 def template_names()->list: # Names in alphabetical order
@@ -389,11 +389,11 @@ def render_prompt(
     messages = record.messages[:-1] if record.messages[-1].role=='assistant' else record.messages
     return Rendered(tuple(get_template(template).prompt(messages, record)), record.where)
 
-# %% ../nbs/01_templates.ipynb #84ad14e3
+# %% ../nbs/01_templates.ipynb #392073fd
 def render_record(
-    record, # A `Record` with an answer; what is said after the last answer is left out
+    record, # A `Record` with an answer; turns after the last answer are in no segment
     template, # A template or its name
-)->Rendered: # The text that the model learns from
+)->Rendered: # The text that the model learns from, up to the end of the last answer
     "The prompt's segments and those of the answer, raising `InputError` if there is no answer"
     template, messages = get_template(template), record.messages
     while messages and messages[-1].role!='assistant': messages = messages[:-1]
@@ -430,14 +430,14 @@ def save_template(
     write_atomic(folder/'chat_template.jinja', source)
     save_json(folder/'sft_template.json', described | {'fingerprint': template.fingerprint})
 
-# %% ../nbs/01_templates.ipynb #56713e86
+# %% ../nbs/01_templates.ipynb #90d5dca6
 def _foreign_template(folder):
     config = {}
     for name in 'special_tokens_map.json', 'tokenizer_config.json':
-        if (folder/name).exists(): config |= load_json(folder/name)
+        if os.path.exists(folder/name): config |= load_json(folder/name)
     source = config.get('chat_template')
     if isinstance(source, list): source = {t['name']: t['template'] for t in source}.get('default')
-    if (folder/'chat_template.jinja').exists(): source = read_text(folder/'chat_template.jinja')
+    if os.path.exists(folder/'chat_template.jinja'): source = read_text(folder/'chat_template.jinja')
     if not isinstance(source, str): raise FileNotFoundError(f"{folder}: has no chat template; choose one by its name")
     text = lambda token: token.get('content') if isinstance(token, dict) else token
     special = {k: text(v) for k,v in config.items() if k.endswith('_token') and isinstance(text(v), str)}
@@ -457,13 +457,13 @@ def _described_template(folder):
         raise InputError(f"{file}: is not what save_template writes, got {shorten(described)} ({e}); "
                          "restore the file") from None
 
-# %% ../nbs/01_templates.ipynb #52ba0edc
+# %% ../nbs/01_templates.ipynb #505307a1
 def load_template(
     folder, # A model folder
 ): # A `TextTemplate` or `ChatTemplate`
     "The template that a model was trained with, else its own, raising `FileNotFoundError` if it has none"
     folder = Path(folder)
-    if not (folder/'sft_template.json').exists(): return _foreign_template(folder)
+    if not os.path.exists(folder/'sft_template.json'): return _foreign_template(folder)
     template, fingerprint = _described_template(folder)
     if template.fingerprint==fingerprint: return template
     raise InputError(f"{folder}: its template was changed after training, got fingerprint {template.fingerprint[:12]}, "

@@ -44,7 +44,9 @@ BROKEN = {
     'no-comma.json': (f'[{alpaca()}\n{alpaca()}]'.encode(), "line 2: after record 0 a comma is missing, got '{'"),
     'text-after.json': (f'[{alpaca()}] and more'.encode(), "text after the list's closing bracket, got 'and more'"),
     'two-on-a-line.jsonl': (f'{alpaca()} {alpaca()}'.encode(), 'line 1: holds more than one value'),
-    'pretty-object.json': (json.dumps(GOOD, indent=4).encode(), 'line 1: ends in the middle'),
+    'cut-list-on-a-line.json': (json.dumps([GOOD, GOOD])[:-9].encode(), 'record 1: ends in the middle'),
+    'pretty-object.json': (json.dumps(GOOD, indent=4).encode(), "line 1: holds only the beginning of a value, got '{'"),
+    'pretty-wrapped.json': (json.dumps({'data': [GOOD]}, indent=1).encode(), 'write one record a line, or a list in'),
     'wrapped.json': (json.dumps({'data': [GOOD]}).encode(), "format not recognised, got fields ['data']"),
     'words.json': (b'Once upon a time', 'line 1: is not JSON'),
     'single-quotes.json': (b"[{'instruction': 'a'}]", 'is not JSON'),
@@ -142,6 +144,21 @@ def test_missing_file_folder_and_rights(tmp_path):
     with pytest.raises(InputError, match='is a folder, not a file'): load_records(tmp_path)
     with pytest.raises(InputError, match="unknown format 'alpacca'; did you mean 'alpaca'"):
         load_records('x', fmt='alpacca')
+    with pytest.raises(InputError, match="unknown format 'alpacca'; did you mean 'alpaca'"):
+        as_records([GOOD], fmt='alpacca')
+    with pytest.raises(InputError, match='cannot be opened, got embedded null'): load_records('a\0b')
+    with pytest.raises(InputError, match='cannot be opened, got File name too long') as e:
+        load_records(json.dumps([GOOD]*999, indent=1))
+    assert '\n' not in str(e.value) and len(str(e.value)) < 300
+
+
+def test_a_folder_without_search_rights(monkeypatch):
+    def denied(path, *args, **more): raise PermissionError(13, 'Permission denied', str(path))
+    with monkeypatch.context() as root_may_not, pytest.raises(InputError) as e:
+        root_may_not.setattr(os, 'stat', denied)
+        root_may_not.setattr(data, 'open', denied, raising=False)
+        load_records('locked/a.json')
+    assert 'locked/a.json: cannot be opened, got Permission denied; check its name and its rights' in str(e.value)
 
 
 def test_ten_megabytes_in_one_string(tmp_path):
@@ -197,8 +214,23 @@ def test_round_trip_is_lossless(tmp_path_factory, rows, name):
 @given(rows=st.lists(json_value, max_size=6), indent=st.sampled_from([None, 0, 4]), size=st.integers(1, 40))
 def test_piecewise_reading_equals_json_load(rows, indent, size):
     content = json.dumps(rows, indent=indent, ensure_ascii=False).encode()
-    found = data._list_rows(data._portions(io.BytesIO(content), 'x', size), 'x')
+    found = data._list_rows(data._list_portions(io.BytesIO(content), 'x', size), 'x')
     assert [row for _, row in found] == json.loads(content)
+
+
+@settings(max_examples=100, deadline=None)
+@given(content=st.text('é🙂",[\n1', max_size=60).map(str.encode), size=st.integers(1, 9))
+def test_portions_of_a_list_lose_nothing(content, size):
+    portions = list(data._list_portions(io.BytesIO(content), 'x', size))
+    assert ''.join(t for _, t in portions).encode() == content
+    assert [n for n, _ in portions] == [1+''.join(t for _, t in portions[:i]).count('\n') for i in range(len(portions))]
+
+
+def test_a_byte_order_mark_is_dropped_at_the_beginning_only():
+    content = b'\xef\xbb\xbf["\xef\xbb\xbfa", "\xef\xbb\xbf"]'
+    for size in 1, 2, 3, 4, 7, 99:
+        found = data._list_rows(data._list_portions(io.BytesIO(content), 'x', size), 'x')
+        assert [row for _, row in found] == ['\ufeffa', '\ufeff']
 
 
 @settings(max_examples=200, deadline=None)
@@ -223,13 +255,40 @@ def test_a_set_larger_than_one_portion(tmp_path):
 
 
 @pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='counts memory as Linux does')
-def test_memory_stays_small(tmp_path):
+@pytest.mark.parametrize('between', [',\n', ', '])
+def test_memory_stays_small(tmp_path, between):
     row = json.dumps(GOOD | {'output': 'wörd '*300}, ensure_ascii=False)
-    (tmp_path/'a.json').write_text('[' + ',\n'.join([row]*30_000) + ']', encoding='utf-8')
+    (tmp_path/'a.json').write_text('[' + between.join([row]*30_000) + ']', encoding='utf-8')
     code = f"from sft_nb.data import *; n = sum(1 for _ in iter_records({str(tmp_path/'a.json')!r})); " \
            "print(n, open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
     n, kilobytes = map(int, python(code).stdout.split())
     assert n == 30_000 and kilobytes < 60_000, 'the file has 48 MB'
+
+
+@pytest.mark.parametrize('message, at', [('Expecting property name enclosed in double quotes', 20),
+                                         ('Illegal trailing comma before end of object', 19)])
+def test_both_words_of_python_for_a_trailing_comma(monkeypatch, message, at):
+    class Reader:
+        def raw_decode(self, text, start): raise json.JSONDecodeError(message, text, at)
+    monkeypatch.setattr(data, '_json', Reader())
+    with pytest.raises(InputError, match='x: a comma stands before a closing bracket at line 1'):
+        data.parse_json('{"instruction": "a",}', 'x')
+
+
+def test_rename_loses_no_field_and_wants_to_be_used(tmp_path):
+    file = tmp_path/'a.jsonl'
+    file.write_text('{"question": "1+1?", "instruction": "Add.", "output": "2"}\n'*2)
+    with pytest.raises(InputError, match="line 1: rename gives two fields the name 'instruction', got"):
+        load_records(file, rename={'question': 'instruction'})
+    dropped = []
+    with pytest.raises(InputError, match='all 2 were dropped'):
+        load_records(file, rename={'question': 'instruction'}, dropped=dropped)
+    swapped = load_records(file, rename={'question': 'instruction', 'instruction': 'question'})
+    assert swapped[0].raw == {'instruction': '1+1?', 'question': 'Add.', 'output': '2'}
+    with pytest.raises(InputError, match="no record has the field 'quesion' of rename; did you mean 'question'"):
+        load_records(file, rename={'quesion': 'instruction'})
+    file.write_text('')
+    with pytest.raises(InputError, match='holds no records'): load_records(file, rename={'question': 'instruction'})
 
 
 # -- other sources
@@ -262,6 +321,25 @@ def test_parquet(tmp_path):
     for cut in whole[:len(whole)//2], whole[:200] + whole[260:]:
         (tmp_path/'a.parquet').write_bytes(cut)
         with pytest.raises(InputError, match='is a damaged Parquet file'): load_records(tmp_path/'a.parquet')
+
+
+def test_parquet_holds_what_json_cannot(tmp_path):
+    pa = pytest.importorskip('pyarrow')
+    import pyarrow.parquet as pq
+    from datetime import datetime, timezone
+    made = datetime(2026, 11, 22, 12, 30, tzinfo=timezone.utc)
+    pq.write_table(pa.Table.from_pylist([GOOD | {'made': [made]}]), tmp_path/'a.parquet')
+    records = load_records(tmp_path/'a.parquet')
+    assert records[0].raw == GOOD | {'made': ['2026-11-22T12:30:00+00:00']}
+    save_records(tmp_path/'b.json', records)
+    for value in float('nan'), b'\x89PNG':
+        pq.write_table(pa.Table.from_pylist([GOOD | {'extra': value}]), tmp_path/'a.parquet')
+        with pytest.raises(InputError, match="parquet row 0: field 'extra' holds what JSON cannot, got (nan|b'.x89P)"):
+            load_records(tmp_path/'a.parquet')
+    some = pa.table({'instruction': ['a', 'b'], 'output': ['c', 'd'], 'score': pa.array([1.5, float('nan')])})
+    pq.write_table(some, tmp_path/'a.parquet')
+    dropped = []
+    assert [r.raw['score'] for r in load_records(tmp_path/'a.parquet', dropped=dropped)] == [1.5] and len(dropped) == 1
 
 
 def test_hub_set(tmp_path, monkeypatch):
@@ -348,6 +426,13 @@ def test_adding_records_hardly_moves_the_old_ones():
     assert len(before - after) < 60
 
 
+def test_together_holds_indices_of_these_records():
+    records = load_records(default_data_file())[:50]
+    for pair in (0, 50), (-1, 0):
+        with pytest.raises(InputError, match='together= holds indices from 0 to 49, got'):
+            split_records(records, seed=7, together=[pair])
+
+
 # -- lint
 
 @pytest.mark.parametrize('kind, row', {
@@ -369,6 +454,11 @@ def test_each_lint_rule_finds_something(kind, row):
 def test_lint_has_no_word_on_good_text(text):
     found = [f.kind for f in lint.lint_records([GOOD | {'output': text}])]
     assert found == []
+
+
+def test_what_was_found_is_quoted_once():
+    found = lint.lint_records([GOOD | {'output': 'a\0b ' + 'x'*20_001, 'input': '</s>'}])
+    assert [f.got for f in found] == ["'</s>'", r"'\x00'", '20,005 characters']
 
 
 def test_conversation_rules():

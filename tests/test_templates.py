@@ -359,7 +359,26 @@ def test_a_record_without_an_answer_is_a_prompt():
     with pytest.raises(InputError, match='record 0: has no answer to learn'): render_record(record, 'chatml')
 
 
+def test_turns_after_the_last_answer_are_in_no_segment():
+    turns = [{'role': r, 'content': c} for r, c in (('user', 'Hi'), ('assistant', 'Hello'), ('user', 'Bye'))]
+    assert render_record(record_of(turns), 'chatml') == render_record(record_of(turns[:2]), 'chatml')
+    for name in TEXT:
+        with pytest.raises(InputError, match='holds 2 user turns'): render_record(record_of(turns), name)
+
+
 # -- in a model's folder
+
+def test_no_operating_system_error_about_a_name(tmp_path, monkeypatch):
+    source = get_template('chatml').jinja*9
+    for name in source, source.replace('\n', ' '), 'a\0b':
+        with pytest.raises(InputError, match='template: unknown name') as e: get_template(name)
+        assert '\n' not in str(e.value) and len(str(e.value)) < 300
+    def denied(path, *args, **more): raise PermissionError(13, 'Permission denied', str(path))
+    with monkeypatch.context() as root_may_not:
+        root_may_not.setattr(os, 'stat', denied)
+        with pytest.raises(InputError, match='template: unknown name'): get_template(tmp_path/'locked')
+        with pytest.raises(FileNotFoundError, match='has no chat template'): load_template(tmp_path)
+
 
 def test_transformers_reads_what_we_save(tmp_path):
     for name in template_names():
