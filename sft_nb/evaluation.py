@@ -211,9 +211,9 @@ def answer_file(
     part.unlink()
     return rows
 
-# %% ../nbs/06_evaluation.ipynb #73b67c42
+# %% ../nbs/06_evaluation.ipynb #c9a74b10
 _WORD = regex.compile(r"(?<![\p{L}\p{N}.])[-−]?(?:\d++(?:,\d{3})*+(?:\.\d++)?+|\.\d++)" # a number, its unit may follow
-                      r"(?![\p{M}\p{N}]|\p{L}[\p{L}\p{M}]*\p{N})" # but 3F8G is a word
+                      r"(?![\p{M}\p{N}]|\p{L}[\p{L}\p{M}]*\p{N}|(?:st|nd|rd|th)(?!\p{L}))" # but 3F8G and 18th are words
                       r"|[\p{Han}\p{Hiragana}\p{Katakana}]"
                       r"|[\p{L}\p{M}\p{N}]+(?:['’][\p{L}\p{M}]+)*|[\p{Sm}\p{Sc}%^°]")
 
