@@ -39,7 +39,7 @@ def get_default_device(
     if torch.cuda.is_available(): return torch.device('cuda')
     return torch.device('mps' if torch.backends.mps.is_available() else 'cpu')
 
-# %% ../nbs/03_collate.ipynb #33fb4c48
+# %% ../nbs/03_collate.ipynb #9f1c5f5b
 def input_and_targets(
     row, # List of ids, or an `Example`
     stop_id:int, # Appended to a list; an `Example` has its own stop token
@@ -47,7 +47,11 @@ def input_and_targets(
 )->tuple: # Two lists of one length
     "What a model reads of `row`, and what it should say at each position"
     if not isinstance(row, Example): return list(row), row_targets(row, stop_id, ignore_id)
-    return row.ids[:-1].tolist(), np.where(row.learn[1:]>0, row.ids[1:], ignore_id).tolist()
+    weights = row.learn[1:]
+    if len(odd := weights[(weights>0) & (weights<1)]):
+        raise InputError(f"{row.where}: weights between 0 and 1 do not fit a rectangle of targets, got {odd[0]:g}; "
+                         "use collate_examples, or prompt_weight=0")
+    return row.ids[:-1].tolist(), np.where(weights>0, row.ids[1:], ignore_id).tolist()
 
 # %% ../nbs/03_collate.ipynb #caf424df
 def custom_collate_fn(
@@ -311,9 +315,9 @@ def row_mask(
     same_BTT = row_BT[:, :, None]==row_BT[:, None, :]
     return same_BTT & torch.ones(same_BTT.shape[1:], dtype=torch.bool, device=row_BT.device).tril()
 
-# %% ../nbs/03_collate.ipynb #942640ce
+# %% ../nbs/03_collate.ipynb #df1598e3
 class EpochSampler:
-    "Indices for a `DataLoader`, epoch after epoch in `epoch_order`"
+    "Indices for a `DataLoader`, epoch after epoch in `epoch_order`; a loop that stops early was an epoch, too"
     def __init__(
         self,
         n:int, # Number of rows
@@ -324,8 +328,9 @@ class EpochSampler:
     def __len__(self): return self.n
 
     def __iter__(self):
-        yield from epoch_order(self.n, self.seed, self.epoch)
+        order = epoch_order(self.n, self.seed, self.epoch)
         self.epoch += 1
+        yield from order
 
 # %% ../nbs/03_collate.ipynb #3a027d5b
 class Loaders(NamedTuple):

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['CACHE_VERSION', 'Receipt', 'check_balance', 'receipt_text', 'Plan', 'buffer_types', 'RowWriter', 'stream_records',
            'encode_all', 'refuse_rows', 'cache_name', 'open_rows', 'load_or_encode', 'FlatRows', 'InstructionDataset',
-           'whole_entry', 'learned_text', 'wrong_rows']
+           'refuse_options', 'whole_entry', 'learned_text', 'wanted_text', 'wrong_rows']
 
-# %% ../nbs/02_dataset.ipynb #a8989f27
-import hashlib, os, tempfile
+# %% ../nbs/02_dataset.ipynb #e0ba96ef
+import hashlib, inspect, os, tempfile
 from dataclasses import asdict, dataclass, field
 from io import BytesIO
 from itertools import islice
@@ -17,10 +17,10 @@ from typing import Iterator
 
 import numpy as np
 
-from .data import InputError, Record, iter_records, load_json, load_records, read_record, save_json
-from .rows import (Example, KINDS, LEARNED, LOSS_ON, MUTE, OVER_LONG, READ, SPEAKERS, STOP, Row, TokenView, check_choice,
-                         check_loss, encode_prompt, encode_record, encode_rows, fit_row, flatten_rows, learn_weights,
-                         missing_tokens, view_record)
+from .data import InputError, Record, iter_records, load_json, load_records, read_record, save_json, shorten
+from .rows import (Example, KINDS, LEARNED, LOSS_ON, MUTE, OVER_LONG, READ, SPEAKERS, STOP, Row, TokenView,
+                         check_choice, check_loss, encode_prompt, encode_record, encode_rows, fit_row, flatten_rows,
+                         learn_weights, missing_tokens, view_record)
 from .templates import format_input, get_template
 from .tokenizer import Tokenizer, as_tokenizer, get_gpt2_tokenizer, tokenizer_from_file
 
@@ -234,18 +234,18 @@ def refuse_rows(
     if not receipt.rows:
         raise InputError(f"no row is left of {receipt.rows_in}, dropped: {list(receipt.dropped)}; choose other limits")
 
-# %% ../nbs/02_dataset.ipynb #e5bf49ee
-CACHE_VERSION = 1 # raise it when the same records would give other buffers
+# %% ../nbs/02_dataset.ipynb #9b63250f
+CACHE_VERSION = 2 # raise it when the same records would give other buffers
 
 def cache_name(
     records, # Iterable of `Record`s
     plan:Plan, # How they become rows
 )->str: # 32 hex digits
-    "A name that is different whenever the buffers would be"
+    "A name that is different whenever the buffers or the receipt would be"
     h = hashlib.sha256(repr((CACHE_VERSION, list(plan.settings().items()))).encode())
     for r in records:
         words = [r.instruction, r.input] if r.fmt=='alpaca' else []
-        h.update(repr((words, [(m.role, m.content, m.learn) for m in r.messages])).encode())
+        h.update(repr((r.where, words, [(m.role, m.content, m.learn) for m in r.messages])).encode())
     return h.hexdigest()[:32]
 
 # %% ../nbs/02_dataset.ipynb #6e83b217
@@ -331,7 +331,7 @@ class FlatRows:
         vars(self).update(state)
         self.arrays = {k: np.memmap(*a, 'r') if isinstance(a, tuple) else a for k,a in self.arrays.items()}
 
-# %% ../nbs/02_dataset.ipynb #83415484
+# %% ../nbs/02_dataset.ipynb #e37cb287
 class InstructionDataset:
     "Records as ids: plain lists without a `template`, `Example`s with one"
     def __init__(
@@ -350,9 +350,9 @@ class InstructionDataset:
         self.data = load_records(data) if whole else data
         self.tokenizer, self.receipt = as_tokenizer(tokenizer), None
         if template is None:
-            if max_length or cache:
-                raise InputError("template: a length limit or a cache needs one, got None; try template='alpaca'")
-            self.encoded_texts = self.tokenizer.encode_batch([whole_entry(e) for e in self.data])
+            refuse_options(loss_on=loss_on, prompt_weight=prompt_weight, max_length=max_length, over_long=over_long,
+                           cache=cache, no_target=no_target)
+            self.encoded_texts = self.tokenizer.encode_batch([whole_entry(r) for r in stream_records(self.data)])
         else:
             check_loss(loss_on, prompt_weight)
             plan = Plan(get_template(template), self.tokenizer, loss_on, max_length, over_long, no_target)
@@ -369,13 +369,22 @@ class InstructionDataset:
         "Number of ids of each row"
         return self.encoded_texts.lengths if self.receipt else np.array([len(ids) for ids in self.encoded_texts])
 
-# %% ../nbs/02_dataset.ipynb #5dca9c22
+# %% ../nbs/02_dataset.ipynb #1c0b1642
+def refuse_options(
+    **options, # As `InstructionDataset` was given them
+):
+    "Raise `InputError` that names each of `options` which is not the default: they need a template"
+    defaults = {k: p.default for k,p in inspect.signature(InstructionDataset).parameters.items()}
+    given = [f'{k}={shorten(v)}' for k,v in options.items() if v!=defaults[k]]
+    if given:
+        raise InputError(f"template: got None, leaving {' and '.join(given)} without effect; try template='alpaca'")
+
+# %% ../nbs/02_dataset.ipynb #dd122d7e
 def whole_entry(
-    entry, # Dictionary or `Record` with instruction, input and output
+    entry:Record, # With one instruction and one answer
 )->str: # Prompt and answer in the scratchpad's wording
     "The text of the first draft"
-    output = entry['output'] if isinstance(entry, dict) else entry.output
-    return format_input(entry) + f"\n\n### Response:\n{output}"
+    return format_input(entry) + f"\n\n### Response:\n{entry.output}"
 
 # %% ../nbs/02_dataset.ipynb #9e1701c8
 def learned_text(
@@ -387,20 +396,35 @@ def learned_text(
     edges = np.flatnonzero(np.diff(learned, prepend=False, append=False)).reshape(-1, 2)
     return ''.join(decode(ids[a:b]) for a,b in edges), ''.join(decode(ids[:b])[len(decode(ids[:a])):] for a,b in edges)
 
-# %% ../nbs/02_dataset.ipynb #0b162517
+# %% ../nbs/02_dataset.ipynb #2ae34619
+def wanted_text(
+    row:Row, # The whole `record`
+    record:Record, # As the data has it
+    plan:Plan, # How it became `row`
+)->str: # Answers with their stops; with `loss_on='all'` everything
+    "What `row` may say of what it learns: words of the assistant, and of messages that the data marks"
+    marked, end = {i for i,m in enumerate(record.messages) if m.learn}, plan.tokenizer.decode([plan.tokenizer.eos_id])
+    allowed = [plan.loss_on=='all' or s.role=='assistant' or s.turn in marked for s in row.segments]
+    return ''.join(s.text or end for s,k,ok in zip(row.segments, row.kinds, allowed) if ok and k in (LEARNED, STOP))
+
+# %% ../nbs/02_dataset.ipynb #479e8637
 def wrong_rows(
-    dataset:InstructionDataset, # Made with a template
+    dataset:InstructionDataset, # Made with a template, from records that can be read again
 )->list: # (where, wanted, learned) for each row that learns something else than its answers
     "Rows whose learned ids do not decode to the answers of their records with their stop tokens; cut rows are skipped"
-    plan, rows, found = dataset.plan, dataset.encoded_texts, []
+    if dataset.receipt is None:
+        raise InputError("dataset: its rows do not say what is learned, got template=None; try template='alpaca'")
+    plan, rows, found, n_read = dataset.plan, dataset.encoded_texts, [], 0
     numbers, decode = {int(n): i for i,n in enumerate(rows.arrays['rows'])}, plan.tokenizer.decode
     for number, record in enumerate(stream_records(dataset.data)):
+        n_read += 1
         row = encode_rows([record], plan.template, plan.tokenizer, plan.loss_on)[0]
         if number not in numbers or (plan.max_length and len(row)>plan.max_length): continue
-        end = decode([plan.tokenizer.eos_id])
-        wanted = ''.join(s.text or end for s,k in zip(row.segments, row.kinds) if k in (LEARNED, STOP))
+        wanted = wanted_text(row, record, plan)
         learned = np.isin(rows.kinds(numbers[number]), (LEARNED, STOP))
         learned[0] = row.kinds[0] in (LEARNED, STOP) # muted only because nothing predicts it
         said = learned_text(rows[numbers[number]].ids, learned, decode)
         if wanted not in said: found.append((record.where, wanted, said[0]))
-    return found
+    if n_read==dataset.receipt.rows_in: return found
+    raise InputError(f"dataset: its records have to be read again, got {n_read} of {dataset.receipt.rows_in}; "
+                     "make it from a list or a file, not from a one-time iterator")

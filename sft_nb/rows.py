@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['LOSS_ON', 'KINDS', 'READ', 'LEARNED', 'STOP', 'MUTE', 'SPEAKERS', 'OVER_LONG', 'STYLES', 'Example', 'stop_ids',
-           'missing_tokens', 'segment_tokenizers', 'encode_segments', 'segment_kinds', 'check_choice', 'Row',
-           'encode_rows', 'Flat', 'flatten_rows', 'learn_weights', 'encode_record', 'encode_prompt', 'check_loss',
-           'cut_answer', 'cut_prompt', 'fit_row', 'visible', 'token_texts', 'TokenView', 'view_record']
+           'printed_markers', 'missing_tokens', 'segment_tokenizers', 'encode_segments', 'segment_kinds',
+           'check_choice', 'Row', 'encode_rows', 'Flat', 'flatten_rows', 'learn_weights', 'encode_record',
+           'encode_prompt', 'check_loss', 'cut_answer', 'cut_prompt', 'fit_row', 'visible', 'token_texts', 'TokenView',
+           'view_record']
 
 # %% ../nbs/01b_rows.ipynb #51e704b5
 import html, os, re
@@ -44,17 +45,27 @@ def stop_ids(
                          f"{len(ids)} ids; use tokenizer.with_control_tokens(missing_tokens(template, tokenizer))")
     return ids
 
-# %% ../nbs/01b_rows.ipynb #c7261498
+# %% ../nbs/01b_rows.ipynb #42fe3cd0
+def printed_markers(
+    template, # A template
+    roles, # Who speaks, such as ['user', 'assistant']
+)->list: # Texts such as '<|im_start|>', in their order; Llama 2's '<<SYS>>' is plain text and not among them
+    "What `template` prints around messages of these `roles` that looks like a control token"
+    probe = as_records([{'messages': [{'role': role, 'content': 'a'} for role in roles]}])[0]
+    printed = ''.join(s.text for s in render_record(probe, template).segments if s.control)
+    return re.findall(r'(?<!<)<\|?\w+\|?>|</s>', printed)
+
+# %% ../nbs/01b_rows.ipynb #a6315886
 def missing_tokens(
     template, # A template or its name
     tokenizer:Tokenizer, # Turns text into ids
-)->list: # Texts such as '<|im_start|>', in the order the template prints them; none if its stop token is known
+)->list: # Texts such as '<|im_start|>', those of a system message last; none if its stop token is known
     "The control tokens that `tokenizer` needs for `template`"
     template = get_template(template)
     if template.stop is None or template.stop in tokenizer.control_tokens: return []
-    probe = as_records([{'instruction': 'a', 'input': '', 'output': 'b'}])[0]
-    printed = ''.join(s.text for s in render_record(probe, template).segments if s.control)
-    found = [*re.findall(r'<\|?\w+\|?>|</s>', printed), template.stop]
+    found = [*printed_markers(template, ['user', 'assistant']), template.stop]
+    try: found += printed_markers(template, ['system', 'user', 'assistant'])
+    except InputError: pass # a template that takes no system message prints nothing around it
     return [t for t in dict.fromkeys(found) if t not in tokenizer.control_tokens]
 
 # %% ../nbs/01b_rows.ipynb #8684f1cc
@@ -117,7 +128,7 @@ def check_choice(
     "Raise `InputError` with the near misses if `value` is not `allowed`"
     if value not in allowed: raise InputError(f"{name}: unknown value {shorten(value)}; {near_misses(value, allowed)}")
 
-# %% ../nbs/01b_rows.ipynb #c1ad4d5c
+# %% ../nbs/01b_rows.ipynb #40bc8bef
 @dataclass(frozen=True)
 class Row:
     "One record as ids, still segment by segment"
@@ -125,6 +136,7 @@ class Row:
     ids:tuple # For each segment, its ids
     kinds:tuple # For each segment READ, LEARNED, STOP or MUTE
     where:str='record' # Address for messages
+    has_input:bool=False # Is there an input, which stands after its instruction?
 
     def __len__(self): return sum(map(len, self.ids))
 
@@ -139,7 +151,7 @@ class Row:
         counts = [(len(ids), k in (LEARNED, STOP)) for ids,k in zip(self.ids, self.kinds) if ids]
         return sum(n for n,learned in counts if learned) - (counts[0][1] if counts else 0)
 
-# %% ../nbs/01b_rows.ipynb #1b969c38
+# %% ../nbs/01b_rows.ipynb #807165f1
 def encode_rows(
     records, # `Record`s
     template, # How they are written
@@ -150,8 +162,8 @@ def encode_rows(
     records = list(records)
     rendered = [render_record(r, template) for r in records]
     flags = [{i: m.learn for i,m in enumerate(r.messages) if m.learn is not None} for r in records]
-    return [Row(r.segments, tuple(ids), tuple(segment_kinds(r.segments, f, loss_on)), r.where)
-            for r,f,ids in zip(rendered, flags, encode_segments(rendered, tokenizer))]
+    return [Row(s.segments, tuple(ids), tuple(segment_kinds(s.segments, f, loss_on)), r.where, bool(r.input))
+            for r,s,f,ids in zip(records, rendered, flags, encode_segments(rendered, tokenizer))]
 
 # %% ../nbs/01b_rows.ipynb #7336cd01
 SPEAKERS = ('frame', 'system', 'user', 'assistant') # who a segment belongs to; 'frame' is the template itself
@@ -231,18 +243,19 @@ def cut_answer(
         room -= len(ids[-1])
     return replace(row, ids=tuple(ids))
 
-# %% ../nbs/01b_rows.ipynb #af4e5e1d
+# %% ../nbs/01b_rows.ipynb #8ed234a2
 def cut_prompt(
     row:Row, # Longer than `max_length`
     max_length:int, # Most ids a row may have
 )->Row|None: # Exactly `max_length` ids; None if the last answer leaves no room for words of its prompt
-    "Take words out of the prompt of `row`, oldest first, until it fits"
+    "Take words out of the prompt of `row` until it fits: the oldest turn first, an input before its instruction"
     over, ids, touched = len(row)-max_length, list(row.ids), set()
     answer = max((s.turn for s in row.segments if s.role=='assistant'), default=-1)
-    words = [i for i,s in enumerate(row.segments) if not s.control and s.turn<answer]
-    for i in sorted(words, key=lambda i: row.segments[i].role=='system'):
+    words = [i for i,s in enumerate(row.segments) if not s.control and s.role!='system' and s.turn<answer]
+    for i in sorted(words, key=lambda i: (row.segments[i].turn, -i)):
         lost = min(over, len(ids[i]))
-        ids[i], over = ids[i][lost:], over-lost
+        ids[i] = ids[i][:len(ids[i])-lost] if row.has_input else ids[i][lost:]
+        over -= lost
         if lost: touched.add(row.segments[i].turn)
     if over or not any(ids[i] for i in words if row.segments[i].role=='user'): return None
     kinds = [READ if s.turn in touched and k!=MUTE else k for s,k in zip(row.segments, row.kinds)]
@@ -323,7 +336,7 @@ class TokenView:
                         for kind,text in self.runs())
         return f'<p>{html.escape(self.counts())}</p><pre style="white-space:pre-wrap">{spans}</pre>'
 
-# %% ../nbs/01b_rows.ipynb #2edad776
+# %% ../nbs/01b_rows.ipynb #452ad990
 def view_record(
     record:Record, # What to show
     template, # How it is written: a template or its name
@@ -333,12 +346,15 @@ def view_record(
     over_long:str='drop', # One of `OVER_LONG`
 )->TokenView: # Prints in colours, in a terminal and in a notebook
     "The tokens of `record` as training sees them, with what the length limit takes away"
+    check_choice('loss_on', loss_on, LOSS_ON)
+    check_choice('over_long', over_long, OVER_LONG)
     row = encode_rows([record], template, tokenizer, loss_on)[0]
-    fitted, _ = fit_row(row, max_length, over_long)
+    fitted, reason = fit_row(row, max_length, over_long)
+    if reason=='no target': fitted = row # the limit takes nothing away from it
     marks = []
     for i,(ids,kind) in enumerate(zip(row.ids, row.kinds)):
         n_cut = len(ids) - (len(fitted.ids[i]) if fitted else 0)
         kept = [KINDS[fitted.kinds[i] if fitted else kind]]*(len(ids)-n_cut)
-        marks += ['cut']*n_cut + kept if over_long=='cut_prompt' else kept + ['cut']*n_cut
+        marks += ['cut']*n_cut + kept if over_long=='cut_prompt' and not row.has_input else kept + ['cut']*n_cut
     ids = list(chain.from_iterable(row.ids))
     return TokenView(tuple(zip(ids, token_texts(ids, tokenizer), marks)), record.where)

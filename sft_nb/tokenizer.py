@@ -197,7 +197,7 @@ def unknown_id(
     "The id that stands for an unknown character: a control token that content may give without being a forgery"
     return model['vocab'].get(model.get('unk_token')) if isinstance(model['vocab'], dict) else model.get('unk_id')
 
-# %% ../nbs/01a_tokenizer.ipynb #47f339d6
+# %% ../nbs/01a_tokenizer.ipynb #05f0b8a1
 class JsonTokenizer(Tokenizer):
     "A `tokenizers.Tokenizer` (a `tokenizer.json`) behind the common face"
     def __init__(
@@ -261,7 +261,7 @@ class JsonTokenizer(Tokenizer):
     @cached_property
     def fingerprint(self)->str:
         "16 hex digits that change when any id could change"
-        return fingerprint_of([self.tok.to_str(), self.content_tokens])
+        return fingerprint_of([self.tok.to_str(), self.content_tokens, self.eos])
 
     def save(self, folder):
         "Write `tokenizer.json` and its configuration into `folder`, for any other library to load"

@@ -273,6 +273,20 @@ def test_marks_in_the_data_win():
     assert e.learn[b]==0 and e.learn[b+1]==0 and set(e.learn.tolist())=={0, .5, 1}
 
 
+@pytest.mark.parametrize('template', ['phi3', 'zephyr', 'chatml', 'llama3', 'gemma'])
+def test_no_marker_can_be_forged(template):
+    "Also one that the template prints around a system message only"
+    tok, template = ready(template), get_template(template)
+    forgery = ''.join(tok.control_tokens)
+    turns = [dict(role='user', content=forgery), dict(role='assistant', content='B')]
+    plain, forged = (encode_record(as_records([{'messages': m}])[0], template, tok).ids for m in ([turns[0] | {'content': 'A'}, turns[1]], turns))
+    control = lambda ids: [i for i in ids.tolist() if i in tok.control_ids]
+    assert control(plain)==control(forged) and plain.max()>50256
+    if template.name in ('phi3', 'zephyr'):
+        system = encode_record(as_records([{'messages': [dict(role='system', content='S'), *turns]}])[0], template, tok).ids
+        assert control(system)[0]==tok.token_id('<|system|>')==tok.n_vocab-1 and control(system).count(tok.n_vocab-1)==1
+
+
 @pytest.mark.parametrize('kind', ['bpe', 'unigram'])
 def test_sentencepiece_pieces_equal_the_joint_text(kind):
     "Where nothing merges across a border, encoding piece by piece is encoding the whole"
@@ -313,6 +327,27 @@ def test_policies(row, limit, policy):
         assert [p for p,c in zip(fitted.ids, frame) if c]==[p for p,c in zip(row.ids, frame) if c]
         for i,s in enumerate(row.segments): # an answer that lost words is not learned
             if fitted.ids[i]!=row.ids[i]: assert fitted.kinds[i] not in (LEARNED, STOP)
+
+
+@quick
+@given(st.integers(2, 20), st.integers(1, 400), st.integers(1, 390), st.sampled_from(['alpaca', 'scratchpad', 'plain', 'chatml', 'smollm2']))
+def test_an_input_is_cut_before_its_instruction(n_asked, n_given, n_lost, template):
+    "And both lose their end, so that the row says what to do"
+    record = as_records([{'instruction': ' a'*n_asked, 'input': ' b'*n_given, 'output': 'c'}])[0]
+    row = encode_rows([record], template, CHAT)[0]
+    fitted, reason = fit_row(row, len(row)-n_lost, 'cut_prompt')
+    own = lambda r: [i for s,ids in zip(r.segments, r.ids) if s.role=='user' for i in ids]
+    if fitted is None: assert n_lost>=len(own(row)) and reason=='no room for the prompt'
+    else: assert own(fitted)==own(row)[:-n_lost] and CHAT.decode(own(fitted)).startswith(' a')
+    view = ds.view_record(record, template, CHAT, max_length=len(row)-n_lost, over_long='cut_prompt')
+    if fitted: assert [i for i,_,kind in view.tokens if kind!='cut']==[i for ids in fitted.ids for i in ids]
+
+
+@pytest.mark.parametrize('template', ['alpaca', 'chatml'])
+def test_a_long_input_keeps_its_instruction(template):
+    record = as_records([{'instruction': 'Summarize in one line.', 'input': 'word '*2000, 'output': 'Words.'}])[0]
+    data = InstructionDataset([record], CHAT, template, max_length=256, over_long='cut_prompt')
+    assert 'Summarize in one line.' in CHAT.decode(data[0].ids) and len(data[0])==256 and data.receipt.cut['rows']==1
 
 
 @quick
@@ -428,6 +463,20 @@ def test_any_change_of_the_contents_is_another_entry(tmp_path):
     assert len(list(tmp_path.iterdir()))==len(sets)+2
 
 
+def test_another_end_token_is_another_entry(tmp_path):
+    "The same tokenizer.json, whose configuration names another end token"
+    stop, end = (JsonTokenizer(gpt2_as_json(['<stop>']).tok, 'gpt2', eos) for eos in ('<stop>', '<|endoftext|>'))
+    found = [InstructionDataset(RECORDS[:3], tok, 'alpaca', cache=tmp_path)[0].ids[-1] for tok in (stop, end)]
+    assert found==[stop.eos_id, end.eos_id]==[50257, 50256]
+
+
+def test_the_receipt_names_the_file_it_was_made_for(tmp_path):
+    for name in ('a.json', 'b.json'):
+        (tmp_path/name).write_text(json.dumps([r.raw for r in RECORDS[:50]]))
+        data = InstructionDataset(tmp_path/name, TIK, 'alpaca', max_length=60, over_long='drop', cache=tmp_path/'cache')
+        assert all(name in where for where in data.receipt.dropped['over-long']['where'])
+
+
 def test_two_builders_at_once(tmp_path, monkeypatch):
     "The slower one finds the entry in place and uses it"
     real = ds.encode_all
@@ -445,6 +494,26 @@ def test_iterators(tmp_path):
     assert len(InstructionDataset(iter(RECORDS[:9]), TIK, 'alpaca'))==9
     with pytest.raises(InputError, match='one-time iterator'): InstructionDataset(iter(RECORDS[:9]), TIK, 'alpaca', cache=tmp_path)
     with pytest.raises(InputError, match='no row is left of 0'): InstructionDataset([], TIK, 'alpaca')
+    with pytest.raises(InputError, match='read again, got 0 of 9; make it from a list'):
+        wrong_rows(InstructionDataset(iter(RECORDS[:9]), TIK, 'alpaca')) # nothing was compared, so nothing is all right
+
+
+@pytest.mark.parametrize('loss_on', ['response', 'last', 'message'])
+def test_a_mask_that_learns_the_question_is_found(loss_on, monkeypatch):
+    "Also when the check and the dataset share the fault"
+    turns = [dict(role='user', content='A'), dict(role='assistant', content='B', weight=1)]
+    marked = [turns[0] | {'weight': 1}, turns[1]]
+    assert wrong_rows(InstructionDataset([{'messages': turns}, {'messages': marked}], CHAT, 'chatml', loss_on))==[]
+    monkeypatch.setattr(rows, 'segment_kinds', lambda segments, *_: [LEARNED if s.role!='frame' else rows.READ for s in segments])
+    data = InstructionDataset([{'messages': turns}, {'messages': marked}], CHAT, 'chatml', loss_on)
+    assert wrong_rows(data)==[('record 0', 'B<|im_end|>', 'AB<|im_end|>')] # the other record asks for it
+
+
+def test_without_a_template_records_are_checked_and_options_refused():
+    assert InstructionDataset([{'instruction': 'a', 'output': 'b'}], TIK)[0]==InstructionDataset([{'instruction': 'a', 'input': '', 'output': 'b'}], TIK)[0]
+    with pytest.raises(InputError, match="record 0: field 'output' is missing"): InstructionDataset([{'instruction': 'a'}], TIK)
+    for option in (dict(loss_on='nonsense'), dict(prompt_weight=.5), dict(max_length=9), dict(over_long='drop'), dict(cache='x'), dict(no_target='drop')):
+        with pytest.raises(InputError, match=f'leaving {next(iter(option))}=.* without effect'): InstructionDataset(RECORDS[:2], TIK, **option)
 
 
 def test_pickled_rows_map_the_same_files(tmp_path):
