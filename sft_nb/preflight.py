@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['Finding', 'Preflight', 'check_rows', 'check_labels', 'check_stop', 'check_first_loss', 'largest_batch', 'Trial',
-           'try_batch', 'check_overfit', 'memory_gib', 'check_memory', 'expect_time', 'report_padding', 'preflight',
-           'check_validation']
+           'try_batch', 'check_overfit', 'memory_gib', 'container_gib', 'check_memory', 'expect_time', 'report_padding',
+           'preflight', 'check_validation']
 
-# %% ../nbs/05a_preflight.ipynb #109b3a95
+# %% ../nbs/05a_preflight.ipynb #a10d8159
 import math, os, time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 import numpy as np
 import torch
 from .data import InputError
 from .optimizer import FlatAdamW, choose_dtype
-from .training import TrainConfig, peak_memory_gib, accumulate, micro_batches, step_rows, validate
+from sft_nb.training import (TrainConfig, accumulate, block_options, micro_batches, peak_memory_gib, plain_parts, run_bytes, step_rows,
+    validate)
 
 # %% ../nbs/05a_preflight.ipynb #d229d0e3
 @dataclass(frozen=True)
@@ -69,37 +71,40 @@ def check_labels(
     if share>.9: return Finding('look', 'learned', text+': is the question learned as well?')
     return Finding('ok', 'learned', text)
 
-# %% ../nbs/05a_preflight.ipynb #f4351d16
+# %% ../nbs/05a_preflight.ipynb #3fd37be7
 def check_stop(
     rows, # Training `Example`s
     stop_ids=None, # Ids that end an answer; None: the commonest last learned id is taken for it
-    tokenizer=None, # `Tokenizer`, to show the stop as text
+    tokenizer=None, # `Tokenizer`, to show the stop as text, and to tell a control token from a word
 )->Finding: # Is a stop learned at the end of every answer?
     "The last learned id of every row"
     last = np.array([r.ids[np.flatnonzero(r.learn)[-1]] for r in rows])
     ids,counts = np.unique(last, return_counts=True)
     stops = [int(ids[counts.argmax()])] if stop_ids is None else sorted(stop_ids)
     n = int(np.isin(last, stops).sum())
-    name = ' or '.join(f'{i}'+(f' {tokenizer.decode([i])!r}' if tokenizer else '') for i in stops)
-    if n==len(rows): return Finding('ok', 'stop', f'every answer ends with id {name}')
+    name = ' or '.join(f'{i}'+(f' {tokenizer.decode([i])!r}' if tokenizer else '') for i in [i for i in stops if i in ids] or stops)
+    sure = stop_ids is not None or (tokenizer is not None and stops[0] in tokenizer.control_ids)
+    if n==len(rows) and sure: return Finding('ok', 'stop', f'every answer ends with id {name}')
+    if n==len(rows): return Finding('look', 'stop', f'every answer ends with id {name}, taken for the stop: is it one?')
     if n==0 or (stop_ids is None and n<len(rows)/2):
         return Finding('bad', 'stop', 'no stop is learned, so the model would never end an answer; choose a template with a stop')
     return Finding('look', 'stop', f'{len(rows)-n} of {len(rows)} answers do not end with id {name}: were they cut?')
 
-# %% ../nbs/05a_preflight.ipynb #4a7ed256
+# %% ../nbs/05a_preflight.ipynb #7084570e
 def check_first_loss(
     model, # A `Decoder`
     rows, # `Example`s; the first 32 are used
+    batch_size:int=32, # Rows in memory at once
 )->Finding: # Is the loss before training plausible?
     "Loss of some rows, against that of a blind guess"
-    loss,blind = validate(model, [rows[i] for i in range(min(32, len(rows)))]),math.log(model.cfg.vocab_size)
+    loss,blind = validate(model, [rows[i] for i in range(min(32, len(rows)))], batch_size),math.log(model.cfg.vocab_size)
     text = f'{loss:.2f} nats per target before training; a blind guess costs ln {model.cfg.vocab_size} = {blind:.2f}'
     if not math.isfinite(loss): return Finding('bad', 'first loss', f'{loss}: a weight is damaged; load the model again')
     if loss>1.1*blind: return Finding('bad', 'first loss', text+': worse than guessing; do tokenizer and model belong together?')
     if loss>.8*blind: return Finding('look', 'first loss', text+': this model knows next to nothing yet')
     return Finding('ok', 'first loss', text)
 
-# %% ../nbs/05a_preflight.ipynb #a194810f
+# %% ../nbs/05a_preflight.ipynb #49f127e6
 def largest_batch(
     rows, # Training `Example`s
     cfg:TrainConfig, # Gives the order of the rows
@@ -125,23 +130,25 @@ def try_batch(
     cfg:TrainConfig, # Gives rate, precision, micro-batches
     n_updates:int=4, # Updates to make
 )->Trial: # How it went
-    "Train on one batch for a few updates, then put every weight back"
+    "Train on one batch for a few updates, nothing compiled, then put every weight back"
     dtype,_ = choose_dtype(cfg.dtype, next(model.parameters()).device)
     flat = FlatAdamW(model, dtype, cfg.betas, cfg.eps, cfg.weight_decay, cfg.clip)
-    start_N,losses,secs = flat.master_N.clone(),[],math.inf
-    batches = micro_batches(rows, cfg.micro_batch_size, cfg.share_prefix)
-    add = lambda f: sum(map(f, batches))
-    targets = add(lambda b: b.n_targets)
+    start_N,losses,secs = None,[],math.inf
     try:
-        for _ in range(n_updates):
-            begun = time.perf_counter()
-            losses.append(accumulate(model, batches, flat.bank)/targets)
-            flat.step(cfg.lr, 1/targets)
-            secs = min(secs, time.perf_counter()-begun)
-        losses.append(validate(model, rows, len(rows), cfg.share_prefix))
+        start_N = flat.master_N.clone()
+        batches = micro_batches(rows, cfg.micro_batch_size, cfg.share_prefix)
+        add = lambda f: sum(map(f, batches))
+        targets = add(lambda b: b.n_targets)
+        with block_options(model, replace(cfg, compile=False)):
+            for _ in range(n_updates):
+                begun = time.perf_counter()
+                losses.append(accumulate(model, batches, flat.bank)/targets)
+                flat.step(cfg.lr, 1/targets)
+                secs = min(secs, time.perf_counter()-begun)
+            losses.append(validate(model, rows, cfg.micro_batch_size or len(rows), cfg.share_prefix))
     except InputError: losses.append(math.nan)
     finally:
-        flat.master_N.copy_(start_N)
+        if start_N is not None: flat.master_N.copy_(start_N)
         flat.finish()
     return Trial(tuple(losses), secs, add(lambda b: b.n_tokens), add(lambda b: len(b.ids_N)), add(lambda b: b.padding)/len(batches),
         str(dtype).removeprefix('torch.'))
@@ -157,32 +164,42 @@ def check_overfit(
     if last>.98*first: return Finding('look', 'overfit', text+': hardly a change, is lr too low?')
     return Finding('ok', 'overfit', text)
 
-# %% ../nbs/05a_preflight.ipynb #6ef459e4
+# %% ../nbs/05a_preflight.ipynb #19dd8699
 def memory_gib(
     device='cpu', # Where the model is
 )->float: # GiB that can still be had
     "Memory available now, container limits included where Linux tells them"
     if torch.device(device).type=='cuda': return torch.cuda.mem_get_info(device)[0]/2**30
-    free = []
+    free = [container_gib()]
     try:
-        lines = open('/proc/meminfo').read().splitlines()
+        lines = Path('/proc/meminfo').read_text().splitlines()
         free.append(int(next(l for l in lines if l.startswith('MemAvailable')).split()[1])/2**20)
-        limit,used = (open(f'/sys/fs/cgroup/memory.{x}').read().strip() for x in ('max', 'current'))
-        if limit!='max': free.append((int(limit)-int(used))/2**30)
     except (OSError, StopIteration): pass
-    if not free: free.append(os.sysconf('SC_PHYS_PAGES')*os.sysconf('SC_PAGE_SIZE')/2**30 if hasattr(os, 'sysconf') else math.inf)
+    if min(free)==math.inf and hasattr(os, 'sysconf'): free.append(os.sysconf('SC_PHYS_PAGES')*os.sysconf('SC_PAGE_SIZE')/2**30)
     return min(free)
+
+def container_gib(
+    folder='/sys/fs/cgroup', # Where Linux keeps a container's accounts
+)->float: # GiB; infinite without a limit
+    "What a container may still take: its limit less what it holds; copies of files do not count, they are given up when memory is wanted"
+    try: limit,used,rest = ((Path(folder)/f'memory.{x}').read_text().strip() for x in ('max', 'current', 'stat'))
+    except OSError: return math.inf
+    if limit=='max': return math.inf
+    files = sum(int(l.split()[1]) for l in rest.splitlines() if l.startswith('inactive_file '))
+    return (int(limit)-int(used)+files)/2**30
 
 def check_memory(
     model, # A `Decoder`
     available:float, # GiB that can still be had
+    cfg:TrainConfig=TrainConfig(), # Gives precision and micro-batches
 )->Finding: # Do weights, gradient and averages fit?
-    "Sixteen bytes a trained weight, less the four that are there already"
+    "What the run holds, and the trial's copy of the trained weights, less the weights that are there already"
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    need = 16*trained/2**30
+    there = sum(t.numel()*t.element_size() for p in model.parameters() for t in plain_parts(p))
+    need = (run_bytes(model, cfg) + 4*trained - there)/2**30
     if need>available:
-        return Finding('bad', 'memory', f'{need:.3g} GiB needed for {trained/1e6:.4g}M trained weights, {available:.3g} available; train an adapter (LoRA)')
-    return Finding('ok', 'memory', f'{need:.3g} GiB for weights, gradient and averages, {available:.3g} available')
+        return Finding('bad', 'memory', f'{need:.3g} GiB more needed for {trained/1e6:.4g}M trained weights, {available:.3g} available; train an adapter (LoRA)')
+    return Finding('ok', 'memory', f'{need:.3g} GiB more for weights, gradient and averages, {available:.3g} available')
 
 # %% ../nbs/05a_preflight.ipynb #16e418e4
 def expect_time(
@@ -204,7 +221,7 @@ def report_padding(
     return Finding('ok', 'padding', f'a rectangle of this batch would be {trial.padding:.0%} padding, which is not computed; '
                    f'the shared beginning saves {1-trial.n_computed/trial.n_tokens:.0%} of the rest')
 
-# %% ../nbs/05a_preflight.ipynb #d3e799cd
+# %% ../nbs/05a_preflight.ipynb #e76d11bb
 def preflight(
     model, # A `Decoder`; left as it was
     rows, # Training `Example`s
@@ -216,13 +233,19 @@ def preflight(
     "Look at everything that can be looked at before training"
     if not len(rows): raise InputError("preflight: no training rows; check the data and the split")
     device,found = next(model.parameters()).device,[check_rows(rows, model)]
-    if found[0].grade!='bad':
-        found += [check_labels(rows, tokenizer), check_stop(rows, stop_ids, tokenizer), check_memory(model, memory_gib(device))]
+    cfg = replace(cfg, dtype=str(choose_dtype(cfg.dtype, device)[0]).removeprefix('torch.'))
+    size,fine = cfg.micro_batch_size or cfg.batch_size,lambda: all(f.grade!='bad' for f in found)
+    if fine():
+        found += [check_labels(rows, tokenizer), check_stop(rows, stop_ids, tokenizer), check_memory(model, memory_gib(device), cfg)]
         if len(val_rows): found.append(check_validation(rows, val_rows))
-    if all(f.grade!='bad' for f in found): found.append(check_first_loss(model, rows))
-    if all(f.grade!='bad' for f in found):
-        trial = try_batch(model, largest_batch(rows, cfg), cfg)
-        found += [check_overfit(trial), report_padding(trial), expect_time(trial, rows, cfg, device)]
+    try:
+        if fine(): found.append(check_first_loss(model, rows, size))
+        if fine():
+            trial = try_batch(model, largest_batch(rows, cfg), cfg)
+            found += [check_overfit(trial), report_padding(trial), expect_time(trial, rows, cfg, device)]
+    except torch.OutOfMemoryError:
+        cure = f'give micro_batch_size={size//2}' if size>1 else 'set recompute=True, or cut the rows'
+        found.append(Finding('bad', 'memory', f'{size} rows at once do not fit into the memory of {device}; {cure}'))
     return Preflight(tuple(found))
 
 def check_validation(

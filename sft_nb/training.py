@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'micro_batches', 'accumulate', 'World', 'processes', 'validate', 'TrainConfig', 'lr_at', 'step_rows',
            'StepLog', 'ValLog', 'TrainLog', 'log_line', 'load_log', 'rows_fingerprint', 'plain_parts',
-           'frozen_fingerprint', 'describe_run', 'peak_memory_gib', 'Run', 'make_step', 'check', 'judge', 'keep_best',
-           'take_best', 'save', 'store', 'fetch', 'elapsed', 'resume', 'go', 'block_options', 'train', 'plot_losses',
-           'sample_answers', 'live_plot', 'tensorboard', 'weights_and_biases']
+           'frozen_fingerprint', 'run_bytes', 'describe_run', 'peak_memory_gib', 'Run', 'make_step', 'check', 'judge',
+           'keep_best', 'take_best', 'save', 'store', 'fetch', 'elapsed', 'resume', 'go', 'block_options', 'train',
+           'plot_losses', 'sample_answers', 'live_plot', 'tensorboard', 'weights_and_biases']
 
-# %% ../nbs/05_training.ipynb #88d32804
+# %% ../nbs/05_training.ipynb #556da4e7
 import hashlib, json, math, os, sys, time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
 import numpy as np
@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from .data import InputError, save_json, write_atomic
 from .collate import batch_order, lay_flat
 from .decoder import compile_blocks
+from .lora import adapted
 from .model import batch_loss
 from .optimizer import FlatAdamW, choose_dtype, describe_allocator
 from .checkpoints import differences, newest_checkpoint, read_tensors, save_checkpoint, stop_signals
@@ -53,7 +54,7 @@ def accumulate(
     for batch in idle: (batch_loss(model, batch.to(device))[0]*0).backward()
     return total
 
-# %% ../nbs/05_training.ipynb #27ee7e83
+# %% ../nbs/05_training.ipynb #27210a78
 @dataclass(frozen=True)
 class World:
     "The processes that train together"
@@ -62,8 +63,11 @@ class World:
 
     @classmethod
     def current(cls):
-        "The world that `torch.distributed` has set up, or this process alone"
+        "The world that `torch.distributed` has set up, or this process alone; raises `InputError` if it cannot sum on the CPU"
         ready = dist.is_available() and dist.is_initialized()
+        if ready and dist.get_world_size()>1 and 'cpu:' not in dist.get_backend_config():
+            raise InputError(f"processes: their group cannot sum on the CPU, got {dist.get_backend_config()}; set it up with "
+                             "init_process_group('cpu:gloo,cuda:nccl')")
         return cls(dist.get_rank(), dist.get_world_size()) if ready else cls()
 
     def add(self, *tensors):
@@ -140,7 +144,7 @@ def validate(
     if not count: raise InputError(f"validation: no target in {len(rows)} rows; check loss_on and the length limit")
     return total/count
 
-# %% ../nbs/05_training.ipynb #2d6350ee
+# %% ../nbs/05_training.ipynb #a3f512e0
 SCHEDULES = ('cosine', 'linear', 'wsd', 'constant')
 
 @dataclass(frozen=True)
@@ -158,13 +162,13 @@ class TrainConfig:
     betas:tuple=(0.9, 0.999) # How slowly AdamW's two averages move
     eps:float=1e-8 # Keeps AdamW's division finite
     clip:float=1. # Longest gradient allowed; 0: any length
-    seed:int=123 # Decides the order of the rows and what dropout drops
+    seed:int=123 # Decides the order of the rows and what dropout drops; at least 0
     dtype:str='auto' # 'float32', 'bfloat16' (with float32 masters), or 'auto': the faster one here
     eval_every:int=0 # Steps between validations; 0: at the end of each epoch
     eval_batch_size:int=32 # Rows in memory at once in validation
     patience:int=0 # Stop after this many validations without a new best; 0: never
     best:bool=False # Keep the weights with the best validation, and end with them
-    save_every:int=0 # Steps between checkpoints; 0: at each validation
+    save_every:int=0 # Steps between checkpoints; 0: at each validation; with `best` at each new best as well
     keep_last:int=2 # Checkpoints kept
     share_prefix:bool=True # Compute a beginning that all rows of a batch share only once
     shard:bool=False # With several processes: divide weights and averages among them (FSDP2) instead of repeating them
@@ -174,14 +178,20 @@ class TrainConfig:
     def __post_init__(self):
         def need(ok, name, rule):
             if not ok: raise InputError(f"TrainConfig: {name} must be {rule}, got {getattr(self, name)!r}; change {name}")
+        number = lambda x: isinstance(x, (int, float)) and type(x) is not bool and abs(x)<math.inf
+        kinds = {int: (lambda x: type(x) is int, 'a whole number'), float: (number, 'a finite number'),
+            bool: (lambda x: type(x) is bool, 'True or False')}
+        for f in fields(self):
+            if f.type in kinds: need(kinds[f.type][0](getattr(self, f.name)), f.name, kinds[f.type][1])
+        good = isinstance(self.betas, (tuple, list)) and len(self.betas)==2 and all(number(b) and 0<=b<1 for b in self.betas)
+        need(good, 'betas', 'two numbers in [0, 1)')
         object.__setattr__(self, 'betas', tuple(self.betas))
         for name in ('lr', 'epochs', 'eps'): need(getattr(self, name)>0, name, 'above 0')
         for name in ('batch_size', 'eval_batch_size', 'keep_last'): need(getattr(self, name)>=1, name, 'at least 1')
-        for name in ('weight_decay', 'clip', 'eval_every', 'save_every', 'patience'): need(getattr(self, name)>=0, name, 'at least 0')
+        for name in ('weight_decay', 'clip', 'seed', 'eval_every', 'save_every', 'patience'): need(getattr(self, name)>=0, name, 'at least 0')
         for name in ('warmup', 'decay', 'min_lr'): need(0<=getattr(self, name)<=1, name, 'a share between 0 and 1')
         need(0<=self.micro_batch_size<=self.batch_size, 'micro_batch_size', f'between 0 and batch_size ({self.batch_size})')
         need(self.schedule in SCHEDULES, 'schedule', 'one of '+', '.join(SCHEDULES))
-        need(len(self.betas)==2 and all(0<=b<1 for b in self.betas), 'betas', 'two numbers in [0, 1)')
         need(self.dtype in ('auto', 'float32', 'bfloat16'), 'dtype', "'auto', 'float32' or 'bfloat16'")
 
     def steps_per_epoch(self,
@@ -323,11 +333,29 @@ def frozen_fingerprint(
         digest.update(t.detach().cpu().clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16] if frozen else ''
 
-# %% ../nbs/05_training.ipynb #08a852ce
+# %% ../nbs/05_training.ipynb #8c59ecaa
+def run_bytes(
+    model, # A `Decoder` that is not in training
+    cfg:TrainConfig, # Gives precision and micro-batches
+    dtype:torch.dtype=None, # What the run computes in; None: what `cfg` says, float32 for 'auto'
+    n_processes:int=1, # How many share the work; `shard` divides the result among them
+)->int: # Bytes of weights, gradients and averages
+    "16 a trained weight, 20 where 16-bit gradients are added up; a frozen weight in `dtype`, and as it was where that rounds it"
+    dtype = dtype or getattr(torch, cfg.dtype.replace('auto', 'float32'))
+    split,flat = n_processes>1 or 0<cfg.micro_batch_size<cfg.batch_size,not (cfg.shard and n_processes>1)
+    trained = 20 if flat and split and dtype!=torch.float32 else 16
+    def frozen(p):
+        stored = sum(t.numel()*t.element_size() for t in plain_parts(p))
+        if not flat or type(p.data) is not torch.Tensor: return stored
+        return p.numel()*dtype.itemsize + (0 if torch.promote_types(p.dtype, dtype)==dtype else stored)
+    return sum(trained*p.numel() if p.requires_grad else frozen(p) for p in model.parameters())
+
 def describe_run(
     cfg:TrainConfig, # The settings
     rows, # Training `Example`s
-    model, # A `Decoder`
+    model, # A `Decoder` that is not in training
+    dtype:torch.dtype=None, # What the run computes in; None: what `cfg` says, float32 for 'auto'
+    n_processes:int=1, # How many share the work
 )->str: # Three lines
     "What `cfg` amounts to for these rows and this model"
     n,per_epoch,n_steps = len(rows),cfg.steps_per_epoch(len(rows)),cfg.n_steps(len(rows))
@@ -335,16 +363,16 @@ def describe_run(
     sizes = {p: p.numel() for p in model.parameters()}
     trained = sum(k for p,k in sizes.items() if p.requires_grad)
     pieces = f', each in {math.ceil(cfg.batch_size/cfg.micro_batch_size)} micro-batches' if cfg.micro_batch_size else ''
-    frozen = sum(t.numel()*t.element_size() for p in sizes if not p.requires_grad for t in plain_parts(p))
-    gib = (16*trained + frozen)/2**30
+    gib = run_bytes(model, cfg, dtype, n_processes)/2**30
     return (f"rows      {n:,} / {cfg.batch_size} = {per_epoch:,} steps an epoch{pieces}; x {cfg.epochs:g} epochs = {n_steps:,} steps, "
             f"{round(cfg.warmup*n_steps)} of them warm-up, then {cfg.schedule} from {cfg.lr:g}\n"
             f"tokens    {tokens:,} an epoch, {targets:,.0f} of them targets ({targets/max(1, tokens):.0%}); {tokens/per_epoch:,.0f} a step\n"
             f"memory    {trained/1e6:.4g}M trained of {sum(sizes.values())/1e6:.4g}M weights: {gib:.2g} GiB for weights, gradients and averages, "
             f"and what the rows need")
 
-# %% ../nbs/05_training.ipynb #3487c004
+# %% ../nbs/05_training.ipynb #e2e49a45
 _MAY_DIFFER = ('cfg.keep_last', 'cfg.save_every', 'cfg.eval_batch_size', 'cfg.shard')
+_TOLD_ELSEWHERE = ('model.hf', 'lora.targets')  # `model` and `trained_weights` say what matters of them
 
 def peak_memory_gib(
     device='cpu', # Whose memory: a GPU's, or else this process's
@@ -355,6 +383,12 @@ def peak_memory_gib(
     except ImportError: return 0.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**30 if sys.platform=='darwin' else 2**20)
 
+@contextmanager
+def _writing(folder):
+    "What the disk refuses, in one line"
+    try: yield
+    except OSError as e: raise InputError(f"{folder}: cannot be written ({e.strerror}); make room, or choose another folder") from e
+
 class Run:
     "A training run in progress"
     def __init__(self, model, train_rows, val_rows, cfg, out, hooks, say, world):
@@ -364,6 +398,7 @@ class Run:
         self.n_steps,self.per_epoch = cfg.n_steps(len(train_rows)),cfg.steps_per_epoch(len(train_rows))
         self.device = next(model.parameters()).device
         self.step,self.spent,self.best_N,self.begun,self.spare = 0,0.,None,time.perf_counter(),None
+        self.optimizer = None
         self.sharded = cfg.shard and world.size>1
         if self.sharded and any(hasattr(p, '__tensor_flatten__') for p in model.parameters()):
             raise InputError("train: 4-bit weights are not divided among processes, got shard=True; give shard=False")
@@ -373,7 +408,9 @@ class Run:
     def _identity(self):
         "All that must agree for a run to be the same run"
         trained = [(n, list(p.shape)) for n,p in self.model.named_parameters() if p.requires_grad]
-        return {f'cfg.{k}': v for k,v in asdict(self.cfg).items()} | dict(
+        settings = dict(cfg=self.cfg, model=self.model.cfg) | {'lora': m.adapter.cfg for m in adapted(self.model)}  # all have the same
+        told = {f'{part}.{k}': v for part,d in settings.items() for k,v in asdict(d).items()}
+        return {k: v for k,v in told.items() if k not in _TOLD_ELSEWHERE} | dict(
             training_rows=rows_fingerprint(self.train_rows), validation_rows=rows_fingerprint(self.val_rows),
             trained_weights=hashlib.sha256(repr(trained).encode()).hexdigest()[:16],
             frozen_weights=frozen_fingerprint(self.model))
@@ -381,6 +418,7 @@ class Run:
     def begin(self, dtype):
         "Make the optimizer and an empty log"
         c,make = self.cfg,FlatAdamW
+        self.about = describe_run(c, self.train_rows, self.model, dtype, self.world.size)
         if self.sharded:
             from sft_nb.sharding import ShardedAdamW as make
             self.spare = lay_flat([next(r for r in self.train_rows if r.learn[1:].any())], False)
@@ -390,7 +428,7 @@ class Run:
     def write(self, *entries):
         "Append to `log.jsonl`"
         if self.out is None or self.world.rank: return
-        with open(self.out/'log.jsonl', 'a', encoding='utf-8') as f: f.write(''.join(map(log_line, entries)))
+        with _writing(self.out), open(self.out/'log.jsonl', 'a', encoding='utf-8') as f: f.write(''.join(map(log_line, entries)))
 
     def note(self, entry):
         "Remember an entry and tell the hooks, one of which may ask to stop"
@@ -427,16 +465,17 @@ def make_step(
 
 Run.make_step = make_step
 
-# %% ../nbs/05_training.ipynb #a70c2a37
+# %% ../nbs/05_training.ipynb #65bb5978
 def check(
     self, # `Run`
-):
-    "Validate, keep the best weights if asked to, and stop when patience is at an end"
+)->bool: # Are these the best weights so far, and are they wanted?
+    "Validate, and stop when patience is at an end"
     c = self.cfg
     loss = validate(self.model, self.val_rows, c.eval_batch_size, c.share_prefix, self.world, self.spare)
-    if c.best and all(loss<v.loss for v in self.log.vals): self.keep_best()
+    better = c.best and all(loss<v.loss for v in self.log.vals)
     self.note(ValLog(self.step, self.step/self.per_epoch, self.log.seen_tokens, loss))
     self.judge()
+    return better
 
 def judge(
     self, # `Run`
@@ -456,19 +495,25 @@ def keep_best(
 def take_best(
     self, # `Run`
 ):
-    "Overwrite the masters with those of the best validation"
-    if self.out is None: self.optimizer.master_N.copy_(self.best_N)
-    else: self.fetch(self.world.first(lambda: newest_checkpoint(self.out/'best'))[0], ('master',))
+    "Overwrite the masters with those of the best validation, raising `InputError` when they are gone"
+    if self.out is None: return self.optimizer.master_N.copy_(self.best_N)
+    folder,best = self.out/'best',self.log.best_val.step
+    path,meta,_ = self.world.first(lambda: newest_checkpoint(folder))
+    if path is None or meta['step']!=best:
+        raise InputError(f"{folder}: the best validation was that of step {best}, got {path.name if path else 'nothing'}; "
+                         "the model holds the weights of the last step, for the best ones start anew in another folder")
+    self.fetch(path, ('master',))
 
 Run.check,Run.judge,Run.keep_best,Run.take_best = check,judge,keep_best,take_best
 
-# %% ../nbs/05_training.ipynb #77d19952
+# %% ../nbs/05_training.ipynb #1e4e4b28
 def save(
     self, # `Run`
 ):
     "Write a checkpoint of this very moment"
     if self.out is None: return
-    with open(self.out/'log.jsonl', 'rb') as f: os.fsync(f.fileno())
+    if self.world.rank==0:
+        with open(self.out/'log.jsonl', 'ab') as f: os.fsync(f.fileno())  # Windows syncs only what it may write
     meta = dict(identity=self.identity, dtype=self.log.dtype, n_updates=self.optimizer.n_updates, secs=self.elapsed(),
         torch=torch.__version__, threads=torch.get_num_threads(), processes=self.world.size)
     self.store(self.out/'checkpoints', self.optimizer.tensors(), meta, self.cfg.keep_last)
@@ -523,12 +568,13 @@ def resume(
     here = dict(torch=torch.__version__, threads=torch.get_num_threads(), processes=self.world.size)
     for line in differences({k: meta[k] for k in here}, here):
         self.say(f'resume    {line}: the result is the same up to rounding, but not to the last bit')
+    if self.cfg.best and self.log.vals and self.log.best_val.step==self.step: self.keep_best()  # a kill may have come before it
     self.say(f'resume    {path.name} of {self.n_steps} steps')
     return True
 
 Run.save,Run.store,Run.fetch,Run.elapsed,Run.resume = save,store,fetch,elapsed,resume
 
-# %% ../nbs/05_training.ipynb #5f988663
+# %% ../nbs/05_training.ipynb #5bc50e0c
 def go(
     self, # `Run`
     bar, # A tqdm bar
@@ -537,18 +583,20 @@ def go(
     "Make the remaining steps"
     c = self.cfg
     every = c.eval_every or self.per_epoch
-    if self.val_rows and not self.log.vals: self.check()
+    if self.val_rows and not self.log.vals and self.check(): self.keep_best()
     self.judge()
+    self.log.stopped = self.world.first(lambda: self.log.stopped)  # hooks run in process 0 only
     while self.step<self.n_steps and not self.log.stopped:
         asked,last = self.make_step(bool(flag)),self.step==self.n_steps
         if asked: self.log.stopped = f'{flag.signal or "a signal"} after step {self.step}'
         due = self.step%every==0 or last
-        if due and self.val_rows: self.check()
+        better = self.check() if due and self.val_rows else False
         s = self.log.steps[-1]
         bar.set_postfix_str(f'loss {s.loss:.3f}, {s.tokens_per_sec:,.0f} tokens/s', refresh=False)
         bar.update()
-        self.log.stopped = self.world.first(lambda: self.log.stopped)  # hooks run in process 0 only
-        if (self.step%c.save_every==0 if c.save_every else due) or last or self.log.stopped: self.save()
+        self.log.stopped = self.world.first(lambda: self.log.stopped)
+        if (self.step%c.save_every==0 if c.save_every else due) or better or last or self.log.stopped: self.save()
+        if better: self.keep_best()  # after the checkpoint: what it holds is never newer than the log
 
 Run.go = go
 
@@ -563,7 +611,7 @@ def block_options(model, cfg):
         model.shortcuts = cuts
         for b in model.blocks: b._compiled_call_impl = None
 
-# %% ../nbs/05_training.ipynb #2f596613
+# %% ../nbs/05_training.ipynb #91ac7f26
 def train(
     model, # A `Decoder`, changed in place; only parameters with `requires_grad` are trained
     train_rows, # `Example`s to learn from
@@ -579,25 +627,24 @@ def train(
     if not len(train_rows): raise InputError("train: no training rows; check the data and the split")
     if resume and out is None: raise InputError("train: resume needs the run's folder, got out=None; name it")
     with processes() as world:
-        run = Run(model, train_rows, val_rows, cfg, out, hooks, say, world)
-        if not (resume and run.resume()): _start(run, resume)
-        world.first(lambda: _write_head(run))
-        run.say(describe_run(cfg, train_rows, model))
-        show = (sys.stderr.isatty() if progress is None else progress) and world.rank==0
-        was_training = model.training
-        model.train()
+        run,was_training = Run(model, train_rows, val_rows, cfg, out, hooks, say, world),model.training
         try:
+            if not (resume and run.resume()): _start(run, resume)
+            world.first(lambda: _write_head(run))
+            run.say(run.about)
+            show = (sys.stderr.isatty() if progress is None else progress) and world.rank==0
+            model.train()
             with stop_signals() as flag, block_options(model, cfg), torch.random.fork_rng(devices=[]), \
                     tqdm(total=run.n_steps, initial=run.step, disable=not show, unit='step') as bar: run.go(bar, flag)
             if cfg.best and run.log.vals: run.take_best()
         finally:
-            run.optimizer.finish()
+            if run.optimizer: run.optimizer.finish()
             model.train(was_training)
     run.log.secs = run.elapsed()
     run.write(dict(kind='end', secs=run.log.secs, stopped=run.log.stopped))
     return run.log
 
-# %% ../nbs/05_training.ipynb #37469a65
+# %% ../nbs/05_training.ipynb #eb9940dc
 def _start(run, resume):
     "A fresh run: refuse a used folder, choose the precision"
     def look():
@@ -612,12 +659,13 @@ def _start(run, resume):
 def _write_head(run):
     "The configuration, and the log up to where the run begins"
     if run.out is None: return
-    save_json(run.out/'config.json', asdict(run.cfg))
     head = dict(kind='run', cfg=asdict(run.cfg), dtype=run.log.dtype, n_rows=run.log.n_rows)
     entries = sorted(run.log.steps+run.log.vals, key=lambda e: (e.step, isinstance(e, ValLog)))
-    write_atomic(run.out/'log.jsonl', ''.join(map(log_line, [head, *entries])))
+    with _writing(run.out):
+        save_json(run.out/'config.json', asdict(run.cfg))
+        write_atomic(run.out/'log.jsonl', ''.join(map(log_line, [head, *entries])))
 
-# %% ../nbs/05_training.ipynb #1722a0a0
+# %% ../nbs/05_training.ipynb #2c4cc462
 def plot_losses(
     log:TrainLog, # What `train` returned or `load_log` read
     smooth:int=9, # Training losses are averaged over this many steps, weighted by their targets
@@ -635,31 +683,33 @@ def plot_losses(
     ax.plot([v.epoch for v in log.vals], [v.loss for v in log.vals], color='#D55E00', marker='o', ms=3, label='validation')
     ax.legend(frameon=False, fontsize=8, labelcolor='linecolor', handlelength=0)
     ax.set(xlabel='epochs', ylabel='loss, nats per target')
-    per_epoch = log.seen_tokens/log.steps[-1].epoch if log.steps else 1
+    per_epoch = log.seen_tokens/len(log.steps)*log.steps[-1].step/log.steps[-1].epoch if log.steps else 1  # a part of a log will do
     upper = ax.secondary_xaxis('top', functions=(lambda e: e*per_epoch, lambda t: t/per_epoch))
     upper.set_xlabel('training tokens')
     return fig
 
-# %% ../nbs/05_training.ipynb #99953ea0
+# %% ../nbs/05_training.ipynb #fda5aa2d
 def sample_answers(
     tokenizer, # `Tokenizer`
     prompts:list, # Lists of ids
     max_new:int=64, # Most new ids of an answer
     show=print, # Called with the step and a list of (prompt, answer) texts
 ):  # A hook
-    "Let the model answer `prompts` after each validation"
+    "Let the model answer `prompts` after each validation, raising `InputError` when it is divided among processes"
     from sft_nb.generation import generate
     def hook(entry, model):
         if not isinstance(entry, ValLog): return
+        if any(hasattr(p, 'full_tensor') for p in model.parameters()):  # a `DTensor`
+            raise InputError("sample_answers: the weights are divided among processes, got shard=True; give shard=False, or sample afterwards")
         answers = generate(model, tokenizer, prompts, max_new)
         show(entry.step, [(tokenizer.decode_content(list(p)), a.text) for p,a in zip(prompts, answers)])
     return hook
 
-# %% ../nbs/05_training.ipynb #6d9a0b85
+# %% ../nbs/05_training.ipynb #1c8b3c49
 def live_plot(
     every:int=20, # Steps between two drawings
 ):  # A hook
-    "Redraw `plot_losses` in place in a notebook"
+    "Redraw `plot_losses` in place in a notebook, with what has happened since the hook was made"
     from IPython.display import display
     log,shown = TrainLog(TrainConfig()),[]
     def hook(entry, model):

@@ -6,20 +6,27 @@ import multiprocessing
 import os
 import random
 import signal
+import stat
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from sft_nb import checkpoints
+from sft_nb import preflight as preflight_module
 from sft_nb.data import InputError
 from sft_nb.dataset import Example
 from sft_nb.lora import LoraConfig, add_lora
 from sft_nb.model import Decoder, ModelConfig
-from sft_nb.training import TrainConfig, accumulate, load_log, micro_batches, train, validate
+from sft_nb.optimizer import FlatAdamW
+from sft_nb.preflight import preflight, try_batch
+from sft_nb.training import (StepLog, TrainConfig, ValLog, accumulate, live_plot, load_log, micro_batches, plot_losses, processes, run_bytes,
+    sample_answers, tensorboard, train, validate, weights_and_biases)
 
 FORK = multiprocessing.get_context('fork')
 LLAMA = dict(family='llama', vocab_size=31, n_layers=3, width=32, n_heads=4, n_kv_heads=2, head_dim=8, mlp_width=48, max_length=64, tied=True)
@@ -232,7 +239,7 @@ def test_a_full_disk_is_said_and_leaves_the_one_before(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_stops_cleanly(tmp_path, number):
-    cfg = replace(CFG, epochs=500, save_every=100_000)
+    cfg = replace(CFG, epochs=500, save_every=100_000, best=False)
     p = run_child(tmp_path/'run', cfg)
     while not (tmp_path/'run/log.jsonl').exists() or len((tmp_path/'run/log.jsonl').read_text().splitlines()) < 12: time.sleep(.02)
     os.kill(p.pid, number)
@@ -252,7 +259,71 @@ def test_refusals_show_the_difference(tmp_path):
     frozen = tiny()
     frozen.embed.requires_grad_(False)
     with pytest.raises(InputError, match='frozen_weights.*trained_weights'): again(frozen)
+    with pytest.raises(InputError, match=r'\(model.rope_theta: 10000.0 -> 500.0\)'): again(tiny(shape=dict(LLAMA, rope_theta=500.)))
     assert again(cfg=replace(cfg, keep_last=1, save_every=3)).steps[-1].step == 6  # these two may differ
+
+
+def test_another_adapter_is_another_run(tmp_path):
+    cfg, lora = replace(CFG, epochs=1), lambda **kw: add_lora(tiny(), LoraConfig(rank=2, **kw))
+    again = lambda **kw: train(lora(**kw), *DATA, cfg, tmp_path/'run', resume=True, say=quiet)
+    train(lora(), *DATA, cfg, tmp_path/'run', say=quiet)
+    with pytest.raises(InputError, match=r'\(lora.alpha: 16.0 -> 4.0\)'): again(alpha=4.)
+    with pytest.raises(InputError, match=r'\(lora.dropout: 0.0 -> 0.2\)'): again(dropout=.2)
+    with pytest.raises(InputError, match=r'\(lora.root_scale: false -> true\)'): again(root_scale=True)
+    assert again().steps[-1].step == 6
+
+
+def stop(entry, model): return 'enough' if isinstance(entry, StepLog) else None
+
+
+def test_the_best_weights_are_those_of_a_logged_validation(tmp_path):
+    "Validations between two checkpoints, a kill, and a stop soon after: what is kept as best stands in the log"
+    cfg, folder, model = replace(CFG, save_every=10), tmp_path/'run', tiny()
+    data = DATA[0], DATA[0][:6]  # seen rows become ever better
+    def die():
+        train(tiny(), *data, cfg, folder, hooks=[lambda e, m: os.kill(os.getpid(), signal.SIGKILL) if e.step == 17 else None], say=quiet)
+    p = FORK.Process(target=die)
+    p.start()
+    p.join()
+    log = train(model, *data, cfg, folder, hooks=[stop], resume=True, say=quiet)
+    assert log.best_val.step == 15 and len(log.steps) == 16
+    assert validate(model, data[1]) == pytest.approx(log.best_val.loss, rel=1e-6)
+
+
+def test_best_weights_that_are_gone_are_not_replaced_by_others(tmp_path):
+    folder = tmp_path/'run'
+    log = train(tiny(), *DATA, CFG, folder, say=quiet)
+    best = log.best_val.step
+    assert best < log.steps[-1].step
+    again = lambda: train(tiny(), *DATA, CFG, folder, resume=True, say=quiet)
+    [kept] = (folder/'best').iterdir()
+    kept.rename(folder/'elsewhere')
+    with pytest.raises(InputError, match=f'step {best}, got nothing'): again()
+    checkpoints.save_checkpoint(folder/'best', best+1, dict(master=torch.zeros(3)), {})
+    with pytest.raises(InputError, match=f'step {best}, got step-0*{best+1};'): again()
+
+
+def test_a_run_folder_that_cannot_be_written_leaves_the_model_as_it_was(tmp_path):
+    model, cfg = tiny(), replace(CFG, dtype='bfloat16')
+    before = bits(model)
+    (tmp_path/'run/config.json').mkdir(parents=True)
+    (tmp_path/'file').write_text('')
+    with pytest.raises(InputError, match='run: cannot be written .Is a directory'): train(model, *DATA, cfg, tmp_path/'run', say=quiet)
+    with pytest.raises(InputError, match='file: cannot be written .File exists'): train(model, *DATA, cfg, tmp_path/'file', say=quiet)
+    assert bits(model) == before and all(p.dtype == torch.float32 and p.grad is None for p in model.parameters())
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='what is checked here fails there by itself')
+def test_files_are_synced_through_handles_that_may_write(tmp_path, monkeypatch):
+    "Windows refuses others"
+    import fcntl
+    real, read_only = os.fsync, []
+    def fsync(handle):
+        if stat.S_ISREG(os.fstat(handle).st_mode): read_only.append(fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY)
+        real(handle)
+    monkeypatch.setattr(os, 'fsync', fsync)
+    train(tiny(), *DATA, replace(CFG, epochs=.4), tmp_path/'run', say=quiet)
+    assert read_only and not any(read_only)
 
 
 def test_a_finished_run_resumes_to_its_end(tmp_path):
@@ -268,3 +339,128 @@ def test_a_length_that_is_no_number_is_an_input_error():
     model = tiny()
     with torch.no_grad(): model.embed.weight[3] = float('inf')
     with pytest.raises(InputError, match='lower lr'): train(model, *DATA, CFG, say=quiet)
+
+
+# several processes
+
+def in_processes(n, folder, f):
+    "Run `f(rank)` in `n` processes that know each other, and give their exit codes"
+    def one(rank):
+        dist.init_process_group('gloo', init_method=f'file://{folder}/meeting', rank=rank, world_size=n)
+        f(rank)
+        dist.destroy_process_group()
+    ps = [FORK.Process(target=one, args=(rank,)) for rank in range(n)]
+    for p in ps: p.start()
+    for p in ps: p.join(60)
+    for p in ps: p.kill()
+    return [p.exitcode for p in ps]
+
+
+def test_a_stop_at_the_first_validation_stops_all_processes(tmp_path):
+    def f(rank):
+        log = train(tiny(), *DATA, CFG, tmp_path/'run', hooks=[lambda e, m: 'enough' if isinstance(e, ValLog) else None], say=quiet)
+        assert log.stopped == 'enough' and not log.steps
+    assert in_processes(2, tmp_path, f) == [0, 0]
+
+
+def test_a_divided_model_is_not_sampled(tmp_path):
+    from sft_nb.sharding import shard_model
+    def f(rank):
+        with pytest.raises(InputError, match='got shard=True'):
+            sample_answers(None, [[1, 2]])(ValLog(0, 0., 0, 1.), shard_model(tiny()))
+    assert in_processes(1, tmp_path, f) == [0]
+
+
+def test_processes_must_be_able_to_sum_on_the_cpu(monkeypatch):
+    group = lambda name: lambda: str(dist.distributed_c10d.BackendConfig(dist.Backend(name)))
+    for name, value in dict(is_initialized=True, get_world_size=2, get_rank=1).items(): monkeypatch.setattr(dist, name, lambda value=value: value)
+    monkeypatch.setattr(dist, 'get_backend_config', group('nccl'))
+    with pytest.raises(InputError, match='cannot sum on the CPU, got cuda:nccl'), processes(): pass
+    for name in 'gloo', 'cpu:gloo,cuda:nccl':
+        monkeypatch.setattr(dist, 'get_backend_config', group(name))
+        with processes() as world: assert (world.rank, world.size) == (1, 2)
+
+
+# memory
+
+def tensors_in(x):
+    "All tensors that an object holds, in lists and dictionaries too"
+    if isinstance(x, torch.Tensor): return [x]
+    parts = [*x.values(), *x] if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else ()
+    return [t for part in parts for t in tensors_in(part)]
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('size', [0, 2])
+@pytest.mark.parametrize('prepare', [lambda model: None, only_mlp, adapters, lambda model: adapters(model.to(torch.bfloat16))],
+    ids=['all', 'part', 'lora', 'lora_on_16_bits'])
+def test_the_bytes_of_a_run_are_those_it_takes(dtype, size, prepare):
+    model, cfg = tiny(), TrainConfig(dtype=dtype, micro_batch_size=size)
+    prepare(model)
+    told, flat = run_bytes(model, cfg), FlatAdamW(model, getattr(torch, dtype))
+    accumulate(model, micro_batches(rows(8), size), flat.bank)
+    flat.gather()
+    held = [s.untyped_storage() for s in tensors_in(vars(flat) | dict(_scratch=()))+list(model.parameters())]
+    assert told == sum({s.data_ptr(): s.nbytes() for s in held}.values())
+
+
+def test_a_batch_that_does_not_fit_is_a_finding(monkeypatch):
+    def full(*_): raise torch.OutOfMemoryError('CUDA out of memory')
+    model = tiny()
+    before = bits(model)
+    monkeypatch.setattr(preflight_module, 'accumulate', full)
+    for size, cure in (8, 'micro_batch_size=4'), (1, 'recompute=True'):
+        found = preflight(model, DATA[0], DATA[1], TrainConfig(dtype='bfloat16', batch_size=size), stop_ids=range(31))
+        with pytest.raises(InputError, match=f'memory: {size} rows at once do not fit .* {cure}'): found.check()
+    assert bits(model) == before and model.embed.weight.dtype == torch.float32
+
+
+def test_the_trial_recomputes_where_the_run_does(monkeypatch):
+    seen, real = [], preflight_module.accumulate
+    monkeypatch.setattr(preflight_module, 'accumulate', lambda model, *a: seen.append(model.shortcuts.recompute) or real(model, *a))
+    model = tiny()
+    for recompute in (False, True): try_batch(model, DATA[0][:4], TrainConfig(dtype='float32', recompute=recompute), 1)
+    assert seen == [False, True] and not model.shortcuts.recompute
+
+
+# hooks
+
+def test_live_plot_draws_in_one_place(monkeypatch):
+    shown = []
+    class Place:
+        def update(self, figure): shown.append(figure)
+    def display(figure, display_id):
+        shown.append(figure)
+        return Place()
+    monkeypatch.setattr('IPython.display.display', display)
+    log = train(tiny(), *DATA, CFG, hooks=[live_plot(4)], say=quiet)
+    assert len(shown) == 6 + 5  # every fourth of 24 steps, and the validations after 5, 10, 15, 20 and 24
+    lines = [line.get_xdata() for line in shown[-1].axes[0].lines]
+    assert [len(x) for x in lines] == [len(log.steps), len(log.vals)]
+
+
+def test_a_part_of_a_log_has_the_same_two_rulers():
+    log = train(tiny(), *DATA, CFG, say=quiet)
+    def tokens_an_epoch(log):
+        figure = plot_losses(log)
+        figure.draw_without_rendering()
+        lower, upper = figure.axes[0], figure.axes[0].child_axes[0]
+        return upper.get_xlim()[1]/lower.get_xlim()[1]
+    whole = tokens_an_epoch(log)
+    assert whole == pytest.approx(log.seen_tokens/4)
+    assert tokens_an_epoch(replace(log, steps=log.steps[12:])) == pytest.approx(whole)  # two whole epochs of four
+
+
+def test_numbers_reach_tensorboard_and_wandb(monkeypatch, tmp_path):
+    for name, hook in dict(tensorboard=lambda: tensorboard(tmp_path), wandb=weights_and_biases).items():
+        monkeypatch.setitem(sys.modules, dict(tensorboard='torch.utils.tensorboard').get(name, name), None)
+        with pytest.raises(InputError, match=f'pip install {name}'): hook()
+    got = {}
+    writer = SimpleNamespace(add_scalar=lambda name, value, step: got.setdefault(name, []).append((step, value)), flush=quiet)
+    run = SimpleNamespace(log=lambda values, step: [writer.add_scalar(f'wandb {k}', v, step) for k,v in values.items()])
+    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', SimpleNamespace(SummaryWriter=lambda folder: writer))
+    monkeypatch.setitem(sys.modules, 'wandb', SimpleNamespace(init=lambda **settings: run))
+    log = train(tiny(), *DATA, CFG, hooks=[tensorboard(tmp_path), weights_and_biases(project='toy')], say=quiet)
+    for prefix in '', 'wandb ':
+        assert got[prefix+'training/loss'] == [(s.step, s.loss) for s in log.steps]
+        assert got[prefix+'validation/loss'] == [(v.step, v.loss) for v in log.vals]
