@@ -118,7 +118,7 @@ def on_all_cores(
         parts = pool.map(lambda i: [work(x) for x in items[i:i+size]], range(0, len(items), size))
         return list(chain.from_iterable(parts))
 
-# %% ../nbs/01a_tokenizer.ipynb #d22347e1
+# %% ../nbs/01a_tokenizer.ipynb #d5c4a53e
 class TiktokenTokenizer(Tokenizer):
     "A `tiktoken.Encoding` behind the common face"
     def __init__(
@@ -145,7 +145,7 @@ class TiktokenTokenizer(Tokenizer):
 
     def _token_bytes(self, i):
         try: return self.enc.decode_single_token_bytes(int(i))
-        except KeyError: return b''
+        except (KeyError, OverflowError): return b''
 
     def with_control_tokens(self, tokens)->'TiktokenTokenizer':
         "The same tokenizer with each of `tokens` as a control token; new ones get the next ids"
@@ -164,7 +164,11 @@ class TiktokenTokenizer(Tokenizer):
         "Write `tokenizer.json` and its configuration into `folder`, for any other library to load"
         if self.name!='gpt2': raise InputError(f"tokenizer {self.name}: only tiktoken's gpt2 can be saved; use a "
                                                "tokenizer.json for other vocabularies")
-        gpt2_as_json(self.control_tokens).save(folder)
+        twin = gpt2_as_json(self.control_tokens)
+        if twin.control_tokens!=self.control_tokens:
+            raise InputError(f"tokenizer gpt2: control tokens with gaps between their ids cannot be saved, got "
+                             f"{shorten(self.control_tokens)}; add them with with_control_tokens")
+        twin.save(folder)
 
 # %% ../nbs/01a_tokenizer.ipynb #4c8ba505
 def fingerprint_of(
@@ -197,7 +201,7 @@ def unknown_id(
     "The id that stands for an unknown character: a control token that content may give without being a forgery"
     return model['vocab'].get(model.get('unk_token')) if isinstance(model['vocab'], dict) else model.get('unk_id')
 
-# %% ../nbs/01a_tokenizer.ipynb #05f0b8a1
+# %% ../nbs/01a_tokenizer.ipynb #73abd83f
 class JsonTokenizer(Tokenizer):
     "A `tokenizers.Tokenizer` (a `tokenizer.json`) behind the common face"
     def __init__(
@@ -212,6 +216,8 @@ class JsonTokenizer(Tokenizer):
         settings = json.loads(tok.to_str()) | {'truncation': None, 'padding': None}
         self.tok = tokenizers.Tokenizer.from_str(json.dumps(settings))
         self.eos, self.pad = find_end(tok, name, eos), pad
+        if pad is not None and tok.token_to_id(pad) is None:
+            raise InputError(f"tokenizer {name}: it has no padding token {pad!r}; name another one with pad=")
         self.content_tokens, self.config = content_tokens, config or {}
         added = {a['content']: a['id'] for a in settings['added_tokens']} | {self.eos: tok.token_to_id(self.eos)}
         control = {t: i for t,i in added.items() if t.strip() and t not in content_tokens}
@@ -250,7 +256,7 @@ class JsonTokenizer(Tokenizer):
 
     def decode(self, ids)->str:
         "The text of `ids`, control tokens included; ids that no token has are skipped"
-        return self.tok.decode([int(i) for i in ids], skip_special_tokens=False)
+        return self.tok.decode([int(i) for i in ids if i>=0], skip_special_tokens=False)
 
     def with_control_tokens(self, tokens)->'JsonTokenizer':
         "The same tokenizer with each of `tokens` as a control token; new ones get the next ids"
@@ -323,24 +329,27 @@ def without_first_space(
     if kept.get('type')=='ByteLevel': kept |= {'add_prefix_space': False}
     return kept | {k: settings[k] for k in ('model', 'added_tokens') if k in settings}
 
-# %% ../nbs/01a_tokenizer.ipynb #c340654e
+# %% ../nbs/01a_tokenizer.ipynb #c89a4100
 def tokenizer_from_file(
     path, # A `tokenizer.json`, or a model folder that holds one (or GPT-2's `vocab.json` and `merges.txt`)
     content_tokens:tuple=(), # Added tokens that content may use, such as '<think>'
-)->JsonTokenizer: # Named after the folder
+    eos:str|None=None, # Text of the end token; None: what the folder says
+    pad:str|None=None, # Text of the padding token; None: what the folder says
+    name:str|None=None, # Name for receipts; None: the folder's
+)->JsonTokenizer: # The folder's vocabulary and choices
     "The tokenizer of a model folder, raising `InputError` or `FileNotFoundError`"
-    path = Path(path)
-    folder = path if path.is_dir() else path.parent
-    source = folder/'tokenizer.json' if path.is_dir() else path
+    is_folder, path = os.path.isdir(path), Path(path)
+    folder, source = (path, path/'tokenizer.json') if is_folder else (path.parent, path)
     pair = folder/'vocab.json', folder/'merges.txt'
-    if not source.is_file() and not all(p.is_file() for p in pair):
+    has_one = os.path.isfile(source)
+    if not has_one and not (is_folder and all(map(os.path.isfile, pair))):
         raise FileNotFoundError(f"{source}: no tokenizer here; give a tokenizer.json or a folder with one")
-    try: tok = tokenizers.Tokenizer.from_file(str(source)) if source.is_file() else bpe_tokenizer(*pair)
+    try: tok = tokenizers.Tokenizer.from_file(str(source)) if has_one else bpe_tokenizer(*pair)
     except Exception as e: raise InputError(f"{source}: not a tokenizer file, {e}; fetch it again") from None
-    config = load_json(folder/'tokenizer_config.json') if (folder/'tokenizer_config.json').is_file() else {}
-    named = named_tokens(config)
-    name, eos, pad = folder.resolve().name, named.get('eos_token'), named.get('pad_token')
-    return JsonTokenizer(tok, name, eos, pad, content_tokens, named)
+    config = folder/'tokenizer_config.json'
+    named = named_tokens(load_json(config) if os.path.isfile(config) else {})
+    return JsonTokenizer(tok, name or folder.resolve().name, eos or named.get('eos_token'),
+                         pad or named.get('pad_token'), content_tokens, named)
 
 # %% ../nbs/01a_tokenizer.ipynb #40602684
 def named_tokens(
@@ -350,20 +359,23 @@ def named_tokens(
     texts = {k: v.get('content') if isinstance(v, dict) else v for k,v in config.items() if k.endswith('_token')}
     return {k: v for k,v in texts.items() if isinstance(v, str)}
 
-# %% ../nbs/01a_tokenizer.ipynb #10a2c478
+# %% ../nbs/01a_tokenizer.ipynb #68343663
 def as_tokenizer(
     obj, # A `Tokenizer`, `tiktoken.Encoding`, `tokenizers.Tokenizer`, a `transformers` tokenizer, a path, or 'gpt2'
-    eos:str|None=None, # Text of the end token, where `obj` does not say it
-    pad:str|None=None, # Text of the padding token, where `obj` does not say it
+    eos:str|None=None, # Text of the end token, where `obj` does not say it or says another
+    pad:str|None=None, # Text of the padding token, where `obj` does not say it or says another
     name:str|None=None, # Name for receipts; None: what `obj` is called
 )->Tokenizer: # The common face
-    "Wrap any tokenizer, raising `InputError` for what is none"
-    if isinstance(obj, Tokenizer): return obj
-    if isinstance(obj, tiktoken.Encoding): return TiktokenTokenizer(obj)
+    "Wrap any tokenizer, raising `InputError` for what is none and for choices that are made already"
     if isinstance(obj, tokenizers.Tokenizer): return JsonTokenizer(obj, name or 'tokenizer', eos, pad)
     if hasattr(obj, 'backend_tokenizer'):
         return JsonTokenizer(obj.backend_tokenizer, name or Path(obj.name_or_path or 'tokenizer').name,
                              eos or obj.eos_token, pad or obj.pad_token, config=named_tokens(obj.special_tokens_map))
-    if obj=='gpt2': return get_gpt2_tokenizer()
-    if isinstance(obj, (str, Path)): return tokenizer_from_file(obj)
-    raise InputError(f"tokenizer: cannot use {shorten(obj)}; give a tiktoken or tokenizers object, or a model folder")
+    if isinstance(obj, (str, Path)) and obj!='gpt2': return tokenizer_from_file(obj, (), eos, pad, name)
+    if isinstance(obj, str): obj = get_gpt2_tokenizer()
+    if isinstance(obj, tiktoken.Encoding): obj = TiktokenTokenizer(obj)
+    if not isinstance(obj, Tokenizer): raise InputError(f"tokenizer: cannot use {shorten(obj)}; give a tiktoken or "
+                                                        "tokenizers object, or a model folder")
+    given = [f'{k}={v!r}' for k,v in dict(eos=eos, pad=pad, name=name).items() if v is not None]
+    if given: raise InputError(f"tokenizer {obj.name}: is complete, got {' and '.join(given)}; leave that out")
+    return obj

@@ -184,6 +184,21 @@ def test_broken_tokenizer_files(tmp_path, content, error):
     assert '\n' not in str(e.value)
 
 
+def test_a_mistyped_file_is_not_replaced_by_its_neighbours(tmp_path):
+    for name,file in ('vocab.json', 'encoder.json'), ('merges.txt', 'vocab.bpe'):
+        (tmp_path/name).write_bytes((GPT2_FILES/file).read_bytes())
+    assert tokenizer_from_file(tmp_path).encode('Hi')==TIK.encode('Hi')
+    with pytest.raises(FileNotFoundError, match='tokenizr.json: no tokenizer here'): tokenizer_from_file(tmp_path/'tokenizr.json')
+    with pytest.raises(FileNotFoundError, match='no tokenizer here'): tokenizer_from_file('x'*300)
+
+
+def test_ids_that_a_file_would_change_are_not_saved(tmp_path):
+    gap = tiktoken.Encoding('gpt2', pat_str=TIK.enc._pat_str, mergeable_ranks=TIK.enc._mergeable_ranks,
+                            special_tokens={'<|endoftext|>': 50256, '<|im_end|>': 50300})
+    with pytest.raises(InputError, match='control tokens with gaps'): as_tokenizer(gap).save(tmp_path)
+    assert list(tmp_path.iterdir())==[]
+
+
 # ---------------------------------------------------------------- masks
 
 @pytest.mark.parametrize('template', template_names())
