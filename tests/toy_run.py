@@ -11,17 +11,21 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 import torch
 
 from test_training import CFG, DATA, tiny
+from sft_nb.data import InputError
 from sft_nb.sharding import whole_weights
 from sft_nb.training import processes, train
 
 
 def main(folder, settings, resume='', die=''):
     torch.set_num_threads(1)
-    model, cfg = tiny(), replace(CFG, best=False, **json.loads(settings))
+    model, cfg = tiny(), replace(CFG, **(dict(best=False) | json.loads(settings)))
     with processes() as world:
         def last_words(entry, model):
             if entry.step == int(die): os.kill(os.getpid(), signal.SIGKILL)
-        log = train(model, *DATA, cfg, Path(folder)/'run', hooks=[last_words] if die else (), resume=bool(resume), say=lambda *_: None)
+        try: log = train(model, *DATA, cfg, Path(folder)/'run', hooks=[last_words] if die else (), resume=bool(resume), say=lambda *_: None)
+        except InputError as e:
+            print(f'process {world.rank}: {e}', flush=True)
+            raise
         whole = whole_weights(model)
         digest = hashlib.sha256(b''.join(t.numpy().tobytes() for t in whole.values())).hexdigest()
         print(f'process {world.rank}: {digest}', flush=True)
