@@ -11,7 +11,7 @@ from sft_nb.dataset import Example
 from sft_nb.decoder import batch_loss
 from sft_nb.generation import generate, generate_naive
 from sft_nb.lora import (LoraConfig, Share, adapted, add_lora, find_targets, load_adapter, merge_lora, quantize_base,
-                         remove_lora, save_adapter, trainable_share)
+                         remove_lora, save_adapter, trainable_share, unmoved_tokens)
 from sft_nb.model import load_model, save_model
 from sft_nb.training import Run, TrainConfig, World, describe_run, train
 
@@ -149,11 +149,13 @@ def test_bfloat16_base_learns_in_float32(family):
     assert loss.item() < 0.97*first
 
 
-def test_pefts_kinds_we_do_not_compute_are_refused(family):
+@pytest.mark.parametrize('kind', [dict(use_dora=True), dict(init_lora_weights='pissa'), dict(alora_invocation_tokens=[5])],
+                         ids=lambda kind: next(iter(kind)))
+def test_pefts_kinds_we_do_not_compute_are_refused(family, kind):
     name, theirs, ours, folder = family
-    cfg = peft.LoraConfig(r=4, target_modules=TARGETS[name], use_dora=True, task_type='CAUSAL_LM', fan_in_fan_out=name=='gpt2')
-    peft.get_peft_model(theirs, cfg).save_pretrained(folder/'dora')
-    with pytest.raises(InputError, match='use_dora'): load_adapter(folder/'dora', ours)
+    cfg = peft.LoraConfig(r=4, target_modules=TARGETS[name], **kind, task_type='CAUSAL_LM', fan_in_fan_out=name=='gpt2')
+    peft.get_peft_model(theirs, cfg).save_pretrained(folder/'odd')
+    with pytest.raises(InputError, match=next(iter(kind))): load_adapter(folder/'odd', ours)
     assert not adapted(ours)
 
 
@@ -265,3 +267,51 @@ def test_a_4_bit_base_stays_so_in_another_precision(family):
     assert all(type(m.weight.data) is not torch.Tensor for m in adapted(ours))
     assert ours.embed.weight.dtype==torch.bfloat16 and adapted(ours)[0].adapter.A.dtype==torch.float32
     assert torch.isfinite(ours(ids)).all()
+
+
+def a_batch(): return collate_examples([Example(r.numpy().astype('int32'), torch.ones(20).numpy(), 'x') for r in ids])
+
+
+def gradients(model):
+    model.zero_grad(set_to_none=True)
+    batch_loss(model, a_batch())[0].backward()
+    return {n: p.grad.clone() for n,p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize('end', [remove_lora, merge_lora])
+def test_tokens_are_forgotten_with_their_adapters(family, end):
+    "Later training of all weights moves all rows, and the next adapters have tokens of their own"
+    _, _, ours, folder = family
+    gradients(add_lora(ours, LoraConfig(4, tokens=(5,))))
+    end(ours)
+    assert ours.token_rows == {} and not any(p.requires_grad for p in ours.parameters())
+    got, want = gradients(ours.requires_grad_(True)), gradients(load_model(folder/'base').model.eval())
+    assert got.keys() == want.keys()
+    for n in want: torch.testing.assert_close(got[n], want[n], atol=1e-5, rtol=1e-4)
+    some = [7, int(ids[0,3])]
+    got, others = gradients(add_lora(ours, LoraConfig(4, tokens=some))), [i for i in range(97) if i not in some]
+    for table in ours.token_rows:
+        torch.testing.assert_close(got[f'{table}.weight'][some], want[f'{table}.weight'][some], atol=1e-5, rtol=1e-4)
+        assert not got[f'{table}.weight'][others].any()
+
+
+def test_trained_tokens_of_a_bfloat16_base_are_taken_back(family):
+    "Training leaves the table in float32; the rows remembered in bfloat16 fit it"
+    _, _, ours, _ = family
+    rows = [Example(r.numpy().astype('int32'), torch.ones(20).numpy(), 'x') for r in ids]
+    add_lora(ours, LoraConfig(4, tokens=(int(ids[0,3]),)), base_dtype=torch.bfloat16)
+    before = ours.embed.weight.detach().float().clone()
+    with pytest.raises(InputError, match='weight_decay=0'): train(ours, rows, (), TrainConfig(weight_decay=0.1, dtype='float32'))
+    train(ours, rows, (), TrainConfig(lr=1e-2, dtype='float32'))
+    assert ours.embed.weight.dtype == torch.float32 and unmoved_tokens(ours) == []
+    assert {m.weight.dtype for m in adapted(ours)} == {torch.bfloat16}
+    assert torch.equal(remove_lora(ours).embed.weight, before)
+
+
+def test_a_refused_call_changes_nothing(family):
+    _, _, ours, _ = family
+    state = lambda: [(p.requires_grad, p.dtype) for p in ours.parameters()]
+    before = state()
+    for cfg in (LoraConfig(targets=('no_such_map',)), LoraConfig(tokens=(5, 97))):
+        with pytest.raises(InputError): add_lora(ours, cfg, base_dtype=torch.bfloat16)
+        assert state() == before and not adapted(ours)
