@@ -4,34 +4,37 @@
 
 # %% auto #0
 __all__ = ['OPTIONS', 'COMMANDS', 'Stopped', 'new_folder', 'choose_template', 'OneLineParser', 'add_options', 'Job', 'read_data',
-           'open_model', 'prepare', 'fit_vocabulary', 'encode_part', 'train_config', 'answer', 'check_job',
-           'train_model', 'train_command', 'run_command', 'print_scores', 'respond_command', 'judge_options',
-           'print_judge', 'judge_command', 'compare_command', 'inspect_command', 'chat_command', 'read_line',
-           'build_parser', 'use_tcmalloc', 'main']
+           'open_model', 'prepare', 'fit_vocabulary', 'encode_part', 'longest_row', 'check_questions', 'train_config',
+           'answer', 'run_settings', 'check_job', 'check_same_run', 'train_model', 'run_folder', 'train_command',
+           'run_command', 'print_scores', 'respond_command', 'wants_judge', 'judge_options', 'print_judge',
+           'judge_command', 'compare_command', 'inspect_command', 'chat_command', 'read_line', 'build_parser',
+           'use_tcmalloc', 'main']
 
-# %% ../nbs/07_cli.ipynb #a56aba54
-import argparse, os, shutil, sys, time
+# %% ../nbs/07_cli.ipynb #78559cd8
+import argparse, math, os, shutil, sys, time
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
 from . import __version__
-from .data import (InputError, Message, Record, default_data_file, load_records, save_json, split_records,
+from .data import (InputError, Message, Record, default_data_file, load_json, load_records, save_json, split_records,
                          summarize_records)
-from .templates import get_template, template_names
+from .templates import TextTemplate, get_template, template_names
 
 # %% ../nbs/07_cli.ipynb #1a2a2e10
 class Stopped(Exception):
     "The user asked a running command to stop; what is done is saved, and the message says how to go on"
 
-# %% ../nbs/07_cli.ipynb #77646eb5
+# %% ../nbs/07_cli.ipynb #7d3ca226
 def new_folder(
     path, # Folder that a command will write to
     resume:bool=False, # Go on with what it holds?
 )->Path: # The same, not yet created
     "Check that `path` is free, raising `FileExistsError` if it is a file, or holds anything and is not resumed"
     path = Path(path)
-    if path.is_file(): raise FileExistsError(f"{path}: is a file; choose another --out")
+    there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if there.is_file(): raise FileExistsError(f"{there}: is a file; choose another --out")
+    if not os.access(there, os.W_OK): raise InputError(f"{there}: cannot be written to; choose another --out")
     held = sorted(p.name for p in path.iterdir()) if path.exists() else []
     if held and not resume:
         raise FileExistsError(f"{path}: is not empty, it holds {len(held)} entries ({', '.join(held[:3])}); "
@@ -53,7 +56,7 @@ def choose_template(
                          "leave --template out, or add --force-template")
     return asked
 
-# %% ../nbs/07_cli.ipynb #cf6ea046
+# %% ../nbs/07_cli.ipynb #4022542e
 OPTIONS = dict(
     data=[
         ('--data', dict(metavar='FILE', help="records: JSON, JSONL, .gz, or - for standard input [the project's own 1,100]")),
@@ -61,7 +64,6 @@ OPTIONS = dict(
         ('--split-seed', dict(type=int, metavar='N', help='split at random, duplicates kept together [file order]')),
     ],
     encode=[
-        ('--template', dict(metavar='NAME', help=f"one of {', '.join(template_names())} [the model's own, else alpaca]")),
         ('--loss-on', dict(default='response', metavar='WHAT', help='all, response, last or message [response]')),
         ('--prompt-weight', dict(type=float, default=0., metavar='W', help='loss weight of prompt tokens, 0 to 1 [0]')),
         ('--max-length', dict(type=int, metavar='N', help="longest row in tokens [the model's context]")),
@@ -69,9 +71,11 @@ OPTIONS = dict(
     ],
     model=[
         ('--model', dict(metavar='NAME', help='a folder, a .gguf file, a hub id [smollm2-135m-instruct, fetched once]')),
-        ('--dtype', dict(default='auto', metavar='TYPE', help='auto, float32 or bfloat16 [auto: measured]')),
+        ('--template', dict(metavar='NAME', help=f"one of {', '.join(template_names())} [the model's own, else alpaca]")),
+        ('--force-template', dict(action='store_true', help='use a tuned model in another template than its own')),
     ],
     train=[
+        ('--dtype', dict(default='auto', metavar='TYPE', help='auto, float32 or bfloat16 [auto: measured]')),
         ('--epochs', dict(type=float, metavar='N', help='passes over the training rows')),
         ('--lr', dict(type=float, metavar='X', help='peak learning rate')),
         ('--batch-size', dict(type=int, metavar='N', help='rows an optimizer step')),
@@ -86,12 +90,11 @@ OPTIONS = dict(
     ],
     answer=[
         ('--max-new', dict(type=int, default=128, metavar='N', help='longest answer in tokens [128]')),
-        ('--force-template', dict(action='store_true', help='ask a tuned model in another template than its own')),
     ],
     judge=[
         ('--judge-url', dict(metavar='URL', help='OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1')),
         ('--judge-model', dict(metavar='NAME', help='model to ask there; the key is read from $SFT_NB_JUDGE_KEY or $OPENAI_API_KEY')),
-        ('--judge-protocol', dict(default='levels', metavar='NAME', help='levels (five, anchored) or book (0 to 100) [levels]')),
+        ('--judge-protocol', dict(default='levels', choices=['levels', 'book'], help='levels (five, anchored) or book (0 to 100) [levels]')),
         ('--judge-workers', dict(type=int, metavar='N', help='questions under way at a time [1 on this machine, 8 elsewhere]')),
     ],
 )
@@ -110,7 +113,7 @@ def add_options(
     for group in groups:
         for flag, how in OPTIONS[group]: parser.add_argument(flag, **how)
 
-# %% ../nbs/07_cli.ipynb #e646ceb0
+# %% ../nbs/07_cli.ipynb #5dfcd156
 @dataclass
 class Job:
     "What a run works with"
@@ -118,6 +121,7 @@ class Job:
     split:tuple # The records of the three parts, named train, test, val; None where nothing is split
     loaded:object # Model, tokenizer and where they came from
     template:object # How a record is written for the model
+    added:tuple=() # Ids of control tokens that `template` needs and the model has never met
 
 
 def read_data(
@@ -126,7 +130,7 @@ def read_data(
     say=print, # Where progress goes
 )->tuple: # Where the records came from, and the records
     "Read the records, raising `InputError` or `FileNotFoundError`"
-    source, dropped = str(args.data or default_data_file()), [] if args.drop_broken else None
+    source, dropped = str(default_data_file() if args.data is None else args.data), [] if args.drop_broken else None
     records = load_records(source, need_answer=need_answer, dropped=dropped)
     say(f"data      {source}: {summarize_records(records, dropped)}")
     return source, records
@@ -135,14 +139,14 @@ def read_data(
 def open_model(
     args, # Parsed options of the group model, with `template`
     say=print, # Where progress goes
-)->tuple: # `Loaded` and the template
+)->tuple: # `Loaded`, the template, and the ids that were added to the vocabulary for it
     "Load the model, and settle which template it is asked in"
     from sft_nb.model import load_model
     loaded = load_model(args.model)
-    template = choose_template(loaded, args.template, getattr(args, 'force_template', False))
-    loaded = fit_vocabulary(loaded, template, say)
+    template = choose_template(loaded, args.template, args.force_template)
+    loaded, added = fit_vocabulary(loaded, template, say)
     say(f"model     {loaded.source}: {sum(p.numel() for p in loaded.model.parameters())/1e6:.1f}M parameters, template {template.name}")
-    return loaded, template
+    return loaded, template, added
 
 
 def prepare(
@@ -155,24 +159,24 @@ def prepare(
     say(f"split     train {len(split.train)}, test {len(split.test)}, validation {len(split.val)}")
     return Job(source, split, *open_model(args, say))
 
-# %% ../nbs/07_cli.ipynb #96b20660
+# %% ../nbs/07_cli.ipynb #29990216
 def fit_vocabulary(
     loaded, # Model and tokenizer; the model is extended in place
     template, # Template whose control tokens are needed
     say=print, # Where progress goes
-): # `loaded` with a tokenizer that knows every control token of `template`
+)->tuple: # `loaded` with a tokenizer that knows every control token of `template`, and the ids that were added
     "Add the control tokens that `template` prints and the tokenizer of `loaded` does not have"
     from sft_nb.dataset import missing_tokens
     from sft_nb.model import resize_vocab
     if loaded.tokenizer is None: raise InputError(f"{loaded.source}: has no tokenizer.json; save the tokenizer into the folder")
     missing = missing_tokens(template, loaded.tokenizer)
-    if not missing: return loaded
+    if not missing: return loaded, ()
     tokenizer = loaded.tokenizer.with_control_tokens(missing)
     resize_vocab(loaded.model, tokenizer.n_vocab)
     say(f"vocabulary: {len(missing)} control tokens added ({', '.join(missing)})")
-    return replace(loaded, tokenizer=tokenizer)
+    return replace(loaded, tokenizer=tokenizer), tuple(map(tokenizer.token_id, missing))
 
-# %% ../nbs/07_cli.ipynb #83e72aa2
+# %% ../nbs/07_cli.ipynb #ab8f19a4
 def encode_part(
     job:Job, # What the run works with
     records, # One part of the split
@@ -181,7 +185,27 @@ def encode_part(
     "A part of the data as ids, raising `InputError` for rows that cannot be learned"
     from sft_nb.dataset import InstructionDataset
     return InstructionDataset(records, job.loaded.tokenizer, job.template, args.loss_on, args.prompt_weight,
-                              args.max_length or job.loaded.cfg.max_length, args.over_long)
+                              longest_row(job, args), args.over_long)
+
+
+def longest_row(
+    job:Job, # What the run works with
+    args, # Parsed options of the group encode
+)->int: # Ids
+    "The limit that was asked for, else the model's context"
+    return job.loaded.cfg.max_length if args.max_length is None else args.max_length
+
+
+def check_questions(
+    job:Job, # What the run works with
+    records, # Records to answer
+    args, # Parsed options of the group answer
+):
+    "Raise `InputError` if a record cannot be answered: better now than after the training"
+    from sft_nb.dataset import encode_prompt
+    from sft_nb.generation import check_prompts
+    prompts = [encode_prompt(r, job.template, job.loaded.tokenizer) for r in records]
+    check_prompts(job.loaded.model, prompts, args.max_new, [r.where for r in records])
 
 
 def train_config(
@@ -203,6 +227,7 @@ def answer(
     "Answer `records` greedily, batch by batch, into a file"
     from sft_nb.evaluation import answer_file, load_meta, response_health
     from sft_nb.generation import answer_records
+    check_questions(job, records, args)
     loaded, start = job.loaded, time.perf_counter()
     settings = dict(model=loaded.source, model_fingerprint=loaded.fingerprint, template=job.template.name,
                     template_fingerprint=job.template.fingerprint, decoding='greedy', max_new=args.max_new)
@@ -211,24 +236,54 @@ def answer(
     say(f"answers   {path}: {response_health(rows, load_meta(path))} ({time.perf_counter()-start:.0f} s)")
     return rows
 
-# %% ../nbs/07_cli.ipynb #f7ec45b7
+# %% ../nbs/07_cli.ipynb #5da08d0d
+def run_settings(
+    job:Job, # What the run works with
+    args, # Parsed options of the groups data, encode, model and train
+)->dict: # Plain values; `config` holds those of `TrainConfig`
+    "All that decides what a run learns, as it is kept with the model"
+    options = {name: getattr(args, name) for name in ('split_seed', 'drop_broken', 'loss_on', 'prompt_weight', 'max_length', 'over_long', 'lora')}
+    return dict(base=job.loaded.source, base_fingerprint=job.loaded.fingerprint, data=job.source, template=job.template.name,
+                **options, config=asdict(train_config(args)))
+
+
 def check_job(
     job:Job, # What the run works with; with `args.lora` its model gets adapters that change nothing yet
     args, # Parsed options of the groups encode, model and train
+    out:Path, # Run folder
     say=print, # Where progress goes
 )->tuple: # Settings, rows to train on, rows to validate on
     "Encode the rows and look at everything that can be looked at before training, raising `InputError`"
+    from sft_nb.generation import default_stop_ids
     from sft_nb.lora import LoraConfig, add_lora
     from sft_nb.preflight import preflight
     cfg, model = train_config(args), job.loaded.model
+    check_same_run(out, run_settings(job, args))
     rows, val_rows = encode_part(job, job.split.train, args), encode_part(job, job.split.val, args)
     say(f"rows      {rows.receipt}")
-    if args.lora: add_lora(model, LoraConfig(args.lora), cfg.seed)
-    if not (args.no_preflight or args.resume):
-        found = preflight(model, rows, val_rows, cfg, job.loaded.tokenizer)
+    if val_rows.receipt.tokens<val_rows.receipt.tokens_in: say(f"          for validation: {val_rows.receipt}")
+    if args.lora and job.added and cfg.weight_decay:
+        raise InputError(f"--weight-decay: would pull at the whole embedding, of which {len(job.added)} rows are trained here, "
+                         f"got {cfg.weight_decay}; leave it out, or train all weights without --lora")
+    if args.lora: add_lora(model, LoraConfig(args.lora, tokens=job.added), cfg.seed)
+    if not (args.no_preflight or (out/'checkpoints').exists() or (out/'model').exists()):
+        stops = default_stop_ids(model, job.loaded.tokenizer, job.template)
+        found = preflight(model, rows, val_rows, cfg, job.loaded.tokenizer, stops)
         say(f"preflight\n{found}")
         found.check()
     return cfg, rows, val_rows
+
+
+def check_same_run(
+    out:Path, # Run folder
+    settings:dict, # From `run_settings`
+):
+    "Raise `InputError` if `out` holds a model that was made with other settings"
+    from sft_nb.checkpoints import differences
+    if not (out/'model').exists(): return
+    flat = lambda d: {k: d[k] for k in settings if k in d and k!='config'} | d.get('config', {})
+    changed = differences(flat(load_json(out/'model'/'sft_nb.json')), flat(settings))
+    if changed: raise InputError(f"{out}: holds the model of another run ({'; '.join(changed)}); undo that, or choose another --out or --name")
 
 
 def train_model(
@@ -245,47 +300,58 @@ def train_model(
     if not (out/'model').exists():
         (cfg, rows, val_rows), model = checked, job.loaded.model
         out.mkdir(parents=True, exist_ok=True)
-        rows.receipt.save(out/'receipt.json')
+        save_json(out/'receipt.json', dict(training=asdict(rows.receipt), validation=asdict(val_rows.receipt)))
         log = train(model, rows, val_rows, cfg, out, resume=args.resume, say=say)
-        if log.stopped.startswith('signal'): raise Stopped(f"{out}: {log.stopped}; the same command with --resume goes on")
+        if log.stopped: raise Stopped(f"{out}: {log.stopped}; the same command with --resume goes on")
         if args.lora: say(f"adapter   merged into the weights; the largest difference of a logit is {merge_lora(model):.1e}")
-        meta = dict(base=job.loaded.source, base_fingerprint=job.loaded.fingerprint, data=job.source, template=job.template.name,
-                    loss_on=args.loss_on, lora=args.lora, config=asdict(cfg), validation_loss=[log.vals[0].loss, log.vals[-1].loss])
+        meta = dict(run_settings(job, args), validation_loss=[log.vals[0].loss, log.vals[-1].loss])
         save_model(out/'model', model, job.loaded.tokenizer, job.template, meta)
-        plot_losses(log).savefig(out/'loss.png', dpi=100)
-        shutil.rmtree(out/'checkpoints', ignore_errors=True) # twelve bytes a weight, of no use once the model is saved
+    shutil.rmtree(out/'checkpoints', ignore_errors=True) # twelve bytes a weight, of no use once the model is saved
     log, job.loaded = load_log(out), load_model(out/'model')
+    plot_losses(log).savefig(out/'loss.png', dpi=100)
     say(f"training  {len(log.steps)} steps in {log.secs/60:.1f} minutes, {log.seen_tokens/log.secs:,.0f} tokens/s ({log.dtype}); "
         f"validation loss {log.vals[0].loss:.4f} -> {log.vals[-1].loss:.4f} nats a target")
     return log
 
 
+def run_folder(
+    args, # Parsed options `out`, `name` and `resume`
+)->Path: # Not yet created
+    "Where a run writes to, raising `InputError` or `FileExistsError`"
+    if args.out is not None and args.name is not None:
+        raise InputError(f"--out and --name both name the run folder, got {args.out!r} and {args.name!r}; give one of them")
+    return new_folder(Path('runs')/(args.name or 'default') if args.out is None else args.out, args.resume)
+
+
 def train_command(args):
     "Tune a model on a file of records"
-    out = new_folder(args.out or Path('runs')/args.name, args.resume)
+    out = run_folder(args)
     train_config(args)
     job = prepare(args)
-    train_model(job, check_job(job, args), out, args)
+    train_model(job, check_job(job, args, out), out, args)
     print(f"model     {out/'model'}")
 
-# %% ../nbs/07_cli.ipynb #c8f278e2
+# %% ../nbs/07_cli.ipynb #6afd9587
 def run_command(args):
     "Do all of it: train, answer before and after, score, report"
-    from sft_nb.judge import judge_file
+    from sft_nb.judge import judge_file, open_judge
     from sft_nb.report import write_report
-    out = new_folder(args.out or Path('runs')/args.name, args.resume)
-    cfg = train_config(args)
+    out, judge = run_folder(args), judge_options(args) if wants_judge(args) else None
+    train_config(args)
+    if judge: open_judge(lambda _: [], **{k: v for k,v in judge.items() if k!='workers'}).server.close() # is it there?
     job = prepare(args)
-    settings = dict(model=job.loaded.source, template=job.template.name, data=job.source, loss_on=args.loss_on, lora=args.lora, **asdict(cfg))
-    checked = check_job(job, args)
+    settings = run_settings(job, args)
+    check_questions(job, job.split.test, args)
+    checked = check_job(job, args, out)
     out.mkdir(parents=True, exist_ok=True)
     answer(job, job.split.test, out/'responses-before.json', args)
     log = train_model(job, checked, out, args)
     answer(job, job.split.test, out/'responses.json', args)
     files = dict(before=out/'responses-before.json', after=out/'responses.json')
-    verdicts = {name: judge_file(file, **judge_options(args)) for name, file in files.items()} if args.judge_url else None
-    data = write_report(out, title=f'sft_nb run: {out.name}', base_rows=files['before'], tuned_rows=files['after'], config=settings,
-                        log=log, val_before=log.vals[0].loss, val_after=log.vals[-1].loss, judge=verdicts)
+    report = partial(write_report, out, title=f'sft_nb run: {out.name}', base_rows=files['before'], tuned_rows=files['after'],
+                     config=settings | settings['config'], log=log, val_before=log.vals[0].loss, val_after=log.vals[-1].loss)
+    data = report()
+    if judge: data = report(judge={name: judge_file(file, **judge) for name, file in files.items()})
     print_scores(data)
     print_judge(data)
     print(f"report    {out/'report.html'}")
@@ -297,15 +363,23 @@ def print_scores(
     "One line a metric: before, after, and the difference with its interval"
     for name, m in data['metrics'].items():
         d = m['diff']
-        print(f"score     {name:20} {m['before']:5.1f} -> {m['after']:5.1f}   {d['mean']:+5.1f} (95 % interval {d['low']:+.1f} to {d['high']:+.1f})")
+        sure = f"95 % interval {d['low']:+.1f} to {d['high']:+.1f}" if math.isfinite(d['low']) else 'too few rows for an interval'
+        print(f"score     {name:20} {m['before']:5.1f} -> {m['after']:5.1f}   {d['mean']:+5.1f} ({sure})")
     print(f"verdict   {data['metrics'][data['primary']]['verdict']}")
 
-# %% ../nbs/07_cli.ipynb #df8692cd
+# %% ../nbs/07_cli.ipynb #3141be93
 def respond_command(args):
     "Answer the records of a file, or one part of its split; the records need no answers of their own"
     source, records = read_data(args, need_answer=False)
     if args.part!='all': records = getattr(split_records(records, seed=args.split_seed), args.part)
     answer(Job(source, None, *open_model(args)), records, args.out, args)
+
+
+def wants_judge(
+    args, # Parsed options of the group judge
+)->bool:
+    "Was any option of the judge given?"
+    return any(v is not None for v in (args.judge_url, args.judge_model, args.judge_workers))
 
 
 def judge_options(
@@ -333,17 +407,18 @@ def judge_command(args):
 def compare_command(args):
     "Set two files of answers side by side, with a judge if one is named; with --out, write a report"
     from sft_nb.report import compare_files
-    judge = judge_options(args) if args.judge_url else {}
+    judge = judge_options(args) if wants_judge(args) else {}
     data = compare_files(args.before, args.after, args.out and new_folder(args.out), **judge)
     print_scores(data)
     print_judge(data)
 
-# %% ../nbs/07_cli.ipynb #301cf756
+# %% ../nbs/07_cli.ipynb #5f0c59ed
 def inspect_command(args):
     "Show what training would see: the receipt and the first rows token by token"
     from sft_nb.dataset import view_record
     from sft_nb.lint import count_findings, find_leaks, lint_records
-    args.data = args.file or args.data
+    if None not in (args.file, args.data): raise InputError(f"inspect: two files to look at, got {args.file!r} and --data {args.data!r}; give one of them")
+    args.data = args.data if args.file is None else args.file
     job = prepare(args)
     leaks = find_leaks(job.split)
     print(f"lint\n{count_findings(lint_records([r for part in job.split for r in part]))}")
@@ -351,18 +426,19 @@ def inspect_command(args):
     rows = encode_part(job, job.split.train, args)
     print(f"receipt   {rows.receipt}")
     for record in job.split.train[:args.rows]:
-        print(view_record(record, job.template, job.loaded.tokenizer, args.loss_on, args.max_length, args.over_long))
+        print(view_record(record, job.template, job.loaded.tokenizer, args.loss_on, longest_row(job, args), args.over_long))
 
 
 def chat_command(args):
     "Talk to a model; an empty line or the end of input ends the talk"
     from sft_nb.dataset import encode_prompt
     from sft_nb.generation import default_stop_ids, stream
-    loaded, template = open_model(args, say=lambda text: None)
-    model, tokenizer = loaded.model, loaded.tokenizer
-    turns = []
+    loaded, template, _ = open_model(args, say=lambda text: None)
+    model, tokenizer, turns = loaded.model, loaded.tokenizer, []
+    alone = isinstance(template, TextTemplate)
+    if alone: print(f"template {template.name} holds one question: each is asked without those before it", file=sys.stderr)
     while asked := read_line():
-        turns.append(Message('user', asked))
+        turns = [*([] if alone else turns), Message('user', asked)]
         prompt, said = encode_prompt(Record(tuple(turns), {}), template, tokenizer), ''
         for piece in stream(model, tokenizer, prompt, args.max_new, stop_ids=default_stop_ids(model, tokenizer, template)):
             print(piece, end='', flush=True)
@@ -377,7 +453,7 @@ def read_line(
     try: return input('> ' if sys.stdin.isatty() else '').strip()
     except EOFError: return ''
 
-# %% ../nbs/07_cli.ipynb #af34195d
+# %% ../nbs/07_cli.ipynb #9ee5d73c
 COMMANDS = dict(
     run=(run_command, 'data encode model train answer judge', 'tune, answer before and after, score, report'),
     train=(train_command, 'data encode model train', 'tune a model on a file of records'),
@@ -400,7 +476,7 @@ def build_parser(
         p.set_defaults(do=do)
         add_options(p, *groups.split())
         if name in ('run', 'train'):
-            p.add_argument('--name', default='default', help='run folder runs/NAME [default]')
+            p.add_argument('--name', help='run folder runs/NAME [default]')
             p.add_argument('--out', metavar='FOLDER', help='run folder, instead of runs/NAME')
             p.add_argument('--resume', action='store_true', help='go on with a run that was stopped')
     p = commands.choices
@@ -413,7 +489,6 @@ def build_parser(
     p['compare'].add_argument('--out', metavar='FOLDER', help='write a report there')
     p['inspect'].add_argument('file', nargs='?', metavar='DATA', help='the same as --data')
     p['inspect'].add_argument('--rows', type=int, default=3, metavar='N', help='rows to show token by token [3]')
-    for name in ('respond', 'chat'): p[name].add_argument('--template', metavar='NAME', help="[the model's own]")
     return parser
 
 
@@ -433,7 +508,7 @@ def main(
     args = build_parser().parse_args(argv)
     if argv is None and args.command in ('run', 'train', 'respond'): use_tcmalloc()
     try: args.do(args)
-    except (InputError, FileNotFoundError, FileExistsError) as e:
+    except (InputError, OSError) as e: # OSError: no such file, no permission, disk full ...
         print(f'sft_nb: {e}', file=sys.stderr)
         return 2
     except (Stopped, KeyboardInterrupt) as e:

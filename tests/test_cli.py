@@ -85,6 +85,13 @@ def test_bad_data(home, name, text, said):
     (['--loss-on', 'everything'], 'loss_on'),
     (['--schedule', 'cosin'], 'schedule must be one of'),
     (['--max-length', '20'], 'longer'),
+    (['--max-length', '0'], 'max_length'),
+    (['--max-new', '0'], 'max_new'),
+    (['--data', ''], 'no such file'),
+    (['--out', 'elsewhere'], 'give one of them'),
+    (['--judge-model', 'x'], '--judge-url'),
+    (['--judge-url', 'http://127.0.0.1:9/v1', '--judge-model', 'x'], '127.0.0.1:9'),
+    (['--judge-protocol', 'leveles'], 'invalid choice'),
     (['--bogus'], 'unrecognized arguments'),
 ])
 def test_bad_options(home, words, said):
@@ -92,6 +99,19 @@ def test_bad_options(home, words, said):
     line = complaint(sft_nb('run', '--data', 'toy.json', '--name', 'bad', *base, *words, cwd=home))
     assert said in line, line
     assert not (home/'runs/bad').exists()
+
+
+def test_a_question_that_is_too_long_is_refused_before_the_training(home):
+    rows = json.loads((home/'toy.json').read_text())
+    for r in rows[-7:]: r['instruction'] = 'and '*200 # test and validation rows stand last
+    (home/'wordy.json').write_text(json.dumps(rows))
+    line = complaint(sft_nb('run', '--model', 'tiny', '--data', 'wordy.json', '--over-long', 'drop', '--name', 'bad', cwd=home))
+    assert 'wordy.json record 3' in line and 'leaves no room for an answer' in line
+    assert not (home/'runs/bad').exists()
+
+
+def test_no_folder_below_a_file(home):
+    assert 'toy.json: is a file' in complaint(sft_nb('run', '--model', 'tiny', '--data', 'toy.json', '--out', 'toy.json/run', cwd=home))
 
 
 def test_damaged_weights_are_refused(home, tmp_path):
@@ -131,6 +151,11 @@ def test_run_then_the_other_commands(home):
     assert done.returncode == 0 and len(json.loads((home/'new.json').read_text())) == 2, done.stderr
     done = sft_nb('chat', '--model', out/'model', '--max-new', '3', cwd=home, stdin='Add 1 and 2.\n\n')
     assert done.returncode == 0, done.stderr
+    done = sft_nb('chat', '--model', out/'model', '--max-new', '3', cwd=home, stdin='Add 1 and 2.\nAdd 1 and 2.\n\n')
+    assert done.returncode == 0 and 'holds one question' in done.stderr, done.stderr
+    assert done.stdout[:len(done.stdout)//2] == done.stdout[len(done.stdout)//2:]
+    done = sft_nb('chat', '--model', 'tiny', '--template', 'chatml', '--max-new', '3', cwd=home, stdin='Add 1 and 2.\nAnd now?\n\n')
+    assert done.returncode == 0 and 'one question' not in done.stderr, done.stderr
     line = complaint(sft_nb('chat', '--model', out/'model', '--template', 'chatml', cwd=home, stdin='hi\n'))
     assert 'was tuned with template' in line
 
@@ -140,7 +165,20 @@ def test_other_ways_to_train(home):
         done = sft_nb('run', '--data', 'toy.json', '--model', 'tiny', '--name', name, '--epochs', '1', *words, *FAST, cwd=home)
         assert done.returncode == 0, done.stderr
     about = json.loads((home/'runs/lora/model/sft_nb.json').read_text())
-    assert about['lora'] == 2 and about['data'] == 'toy.json'
+    assert about['lora'] == 2 and about['data'] == 'toy.json' and about['prompt_weight'] == 0
+    receipt = json.loads((home/'runs/lora/receipt.json').read_text())
+    assert receipt['training']['rows_in'] == 34 and receipt['validation']['rows_in'] == 2
+
+
+def test_adapters_learn_new_control_tokens(home):
+    "Two tokens that begin alike must not stay alike: else no answer ever ends"
+    from sft_nb.model import load_model
+    words = ['train', '--data', 'toy.json', '--model', 'tiny', '--template', 'chatml', '--lora', '2', '--lr', '1e-2', '--epochs', '2', *FAST[:2], '--no-preflight']
+    done = sft_nb(*words, '--name', 'both', cwd=home)
+    assert done.returncode == 0 and '2 control tokens added' in done.stdout, done.stderr
+    table, old = load_model(home/'runs/both/model').model.embed.weight, load_model(home/'tiny').model.embed.weight
+    assert (table[50257] - table[50258]).norm() > 1e-3 and (table[:50257] == old).all()
+    assert '--weight-decay' in complaint(sft_nb(*words, '--name', 'pulled', '--weight-decay', '0.1', cwd=home))
 
 
 def test_a_killed_run_goes_on_as_if_never_stopped(home):
@@ -157,6 +195,27 @@ def test_a_killed_run_goes_on_as_if_never_stopped(home):
     assert done.returncode == 0, done.stderr
     for name in ('model/model.safetensors', 'responses.json', 'responses-before.json'):
         assert (home/'runs/killed'/name).read_bytes() == (home/'runs/straight'/name).read_bytes(), name
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_asked_to_stop_goes_on_as_if_never_stopped(home, number):
+    words = ['train', '--data', 'toy.json', '--model', 'tiny', '--epochs', '40', *FAST[:2], '--no-preflight']
+    if not (home/'runs/whole-way').exists(): assert sft_nb(*words, '--name', 'whole-way', cwd=home).returncode == 0
+    out, env = home/f'runs/asked-{number}', dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1')
+    process = subprocess.Popen([sys.executable, '-m', 'sft_nb.cli', *words, '--out', out], cwd=home, env=env, text=True,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.time() + 120
+    while time.time() < deadline and not list(out.glob('checkpoints/*')): time.sleep(0.02)
+    process.send_signal(number)
+    _, said = process.communicate()
+    assert process.returncode == 130 and 'the same command with --resume goes on' in said, said
+    assert not (out/'model').exists() and list(out.glob('checkpoints/*'))
+    assert sft_nb(*words, '--out', out, '--resume', cwd=home).returncode == 0
+    assert (out/'model/model.safetensors').read_bytes() == (home/'runs/whole-way/model/model.safetensors').read_bytes()
+    again = sft_nb(*words, '--out', out, '--resume', cwd=home)
+    assert again.returncode == 0 and not (out/'checkpoints').exists()
+    assert 'lr: 0.0001 -> 0.5' in complaint(sft_nb(*words, '--out', out, '--resume', '--lr', '0.5', cwd=home))
+    assert 'loss_on' in complaint(sft_nb(*words, '--out', out, '--resume', '--loss-on', 'all', cwd=home))
 
 
 def test_broken_records_are_counted_and_left_out(home):
