@@ -118,7 +118,7 @@ def on_all_cores(
         parts = pool.map(lambda i: [work(x) for x in items[i:i+size]], range(0, len(items), size))
         return list(chain.from_iterable(parts))
 
-# %% ../nbs/01a_tokenizer.ipynb #d5c4a53e
+# %% ../nbs/01a_tokenizer.ipynb #9a3ee8f9
 class TiktokenTokenizer(Tokenizer):
     "A `tiktoken.Encoding` behind the common face"
     def __init__(
@@ -164,7 +164,7 @@ class TiktokenTokenizer(Tokenizer):
         "Write `tokenizer.json` and its configuration into `folder`, for any other library to load"
         if self.name!='gpt2': raise InputError(f"tokenizer {self.name}: only tiktoken's gpt2 can be saved; use a "
                                                "tokenizer.json for other vocabularies")
-        twin = gpt2_as_json(self.control_tokens)
+        twin = gpt2_as_json(sorted(self.control_tokens, key=self.control_tokens.get))
         if twin.control_tokens!=self.control_tokens:
             raise InputError(f"tokenizer gpt2: control tokens with gaps between their ids cannot be saved, got "
                              f"{shorten(self.control_tokens)}; add them with with_control_tokens")
