@@ -315,9 +315,9 @@ def row_mask(
     same_BTT = row_BT[:, :, None]==row_BT[:, None, :]
     return same_BTT & torch.ones(same_BTT.shape[1:], dtype=torch.bool, device=row_BT.device).tril()
 
-# %% ../nbs/03_collate.ipynb #df1598e3
+# %% ../nbs/03_collate.ipynb #ee08b400
 class EpochSampler:
-    "Indices for a `DataLoader`, epoch after epoch in `epoch_order`; a loop that stops early was an epoch, too"
+    "Indices for a `DataLoader`, epoch after epoch in `epoch_order`; one that was not finished begins again"
     def __init__(
         self,
         n:int, # Number of rows
@@ -328,9 +328,8 @@ class EpochSampler:
     def __len__(self): return self.n
 
     def __iter__(self):
-        order = epoch_order(self.n, self.seed, self.epoch)
+        yield from epoch_order(self.n, self.seed, self.epoch)
         self.epoch += 1
-        yield from order
 
 # %% ../nbs/03_collate.ipynb #3a027d5b
 class Loaders(NamedTuple):

@@ -108,27 +108,19 @@ def test_order_is_the_loaders_own(n, batch_size, seed, epoch, drop_last):
     assert found==list(loader)
 
 
-def test_order_does_not_depend_on_workers_noise_or_resuming():
+def test_order_does_not_depend_on_workers_logging_or_resuming():
     data = list(range(40))
     def epochs(workers, noise=False, start=0):
         loader = DataLoader(data, 8, sampler=EpochSampler(40, 123, start), num_workers=workers, collate_fn=list)
         found = []
         for _ in range(2):
-            if noise: torch.rand(7) # someone draws from the global generator
+            if noise: torch.rand(7); next(iter(loader)) # someone looks at a batch for a log
             found.append(list(loader))
         return found
     plain = epochs(0)
     assert plain==epochs(2)==epochs(0, noise=True)
     assert plain==[batch_order(40, 8, 123, e) for e in range(2)]
     assert epochs(0, start=1)[0]==plain[1] and batch_order(40, 8, 123, 1)[3:]==plain[1][3:]
-
-
-@pytest.mark.parametrize('workers', [0, 2])
-def test_epochs_that_stop_early_get_on(workers):
-    "Two batches an epoch, then the loop breaks: each epoch has its own, as with PyTorch's shuffling"
-    loader = DataLoader(range(200), 8, sampler=EpochSampler(200, 123), num_workers=workers, collate_fn=list)
-    found = [[b for _,b in zip(range(2), loader)] for _ in range(3)]
-    assert found==[batch_order(200, 8, 123, e)[:2] for e in range(3)]
 
 
 def test_the_scratchpads_loaders():
