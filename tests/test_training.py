@@ -25,8 +25,8 @@ from sft_nb.lora import LoraConfig, add_lora
 from sft_nb.model import Decoder, ModelConfig
 from sft_nb.optimizer import FlatAdamW
 from sft_nb.preflight import preflight, try_batch
-from sft_nb.training import (StepLog, TrainConfig, ValLog, accumulate, live_plot, load_log, micro_batches, plot_losses, processes, run_bytes,
-    sample_answers, tensorboard, train, validate, weights_and_biases)
+from sft_nb.training import (Run, StepLog, TrainConfig, ValLog, accumulate, live_plot, load_log, micro_batches, plot_losses, processes,
+    run_bytes, sample_answers, tensorboard, train, validate, weights_and_biases)
 
 FORK = multiprocessing.get_context('fork')
 LLAMA = dict(family='llama', vocab_size=31, n_layers=3, width=32, n_heads=4, n_kv_heads=2, head_dim=8, mlp_width=48, max_length=64, tied=True)
@@ -276,12 +276,18 @@ def test_another_adapter_is_another_run(tmp_path):
 def stop(entry, model): return 'enough' if isinstance(entry, StepLog) else None
 
 
-def test_the_best_weights_are_those_of_a_logged_validation(tmp_path):
+def kill(*_): os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize('when', ['later', 'before_it_is_kept'])
+def test_the_best_weights_are_those_of_a_logged_validation(tmp_path, when):
     "Validations between two checkpoints, a kill, and a stop soon after: what is kept as best stands in the log"
     cfg, folder, model = replace(CFG, save_every=10), tmp_path/'run', tiny()
     data = DATA[0], DATA[0][:6]  # seen rows become ever better
     def die():
-        train(tiny(), *data, cfg, folder, hooks=[lambda e, m: os.kill(os.getpid(), signal.SIGKILL) if e.step == 17 else None], say=quiet)
+        keep = Run.keep_best
+        if when=='before_it_is_kept': Run.keep_best = lambda run: kill() if run.step == 15 else keep(run)
+        train(tiny(), *data, cfg, folder, hooks=[lambda e, m: kill() if e.step == 17 else None], say=quiet)
     p = FORK.Process(target=die)
     p.start()
     p.join()
