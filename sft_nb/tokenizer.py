@@ -329,7 +329,7 @@ def without_first_space(
     if kept.get('type')=='ByteLevel': kept |= {'add_prefix_space': False}
     return kept | {k: settings[k] for k in ('model', 'added_tokens') if k in settings}
 
-# %% ../nbs/01a_tokenizer.ipynb #c89a4100
+# %% ../nbs/01a_tokenizer.ipynb #e58bd8dd
 def tokenizer_from_file(
     path, # A `tokenizer.json`, or a model folder that holds one (or GPT-2's `vocab.json` and `merges.txt`)
     content_tokens:tuple=(), # Added tokens that content may use, such as '<think>'
@@ -348,6 +348,7 @@ def tokenizer_from_file(
     except Exception as e: raise InputError(f"{source}: not a tokenizer file, {e}; fetch it again") from None
     config = folder/'tokenizer_config.json'
     named = named_tokens(load_json(config) if os.path.isfile(config) else {})
+    if 'pad_token' in named and tok.token_to_id(named['pad_token']) is None: del named['pad_token'] # padding is never trained: the end token will do
     return JsonTokenizer(tok, name or folder.resolve().name, eos or named.get('eos_token'),
                          pad or named.get('pad_token'), content_tokens, named)
 

@@ -192,6 +192,14 @@ def test_a_mistyped_file_is_not_replaced_by_its_neighbours(tmp_path):
     with pytest.raises(FileNotFoundError, match='no tokenizer here'): tokenizer_from_file('x'*300)
 
 
+def test_a_folder_whose_padding_token_is_unknown_pads_with_its_end(tmp_path):
+    TIK.save(tmp_path)
+    (tmp_path/'tokenizer_config.json').write_text('{"eos_token": "<|endoftext|>", "pad_token": "[PAD]"}')
+    tok = tokenizer_from_file(tmp_path)
+    assert tok.pad_id==tok.eos_id==50256
+    with pytest.raises(InputError, match='no padding token'): tokenizer_from_file(tmp_path, pad='[PAD]')
+
+
 def test_ids_that_a_file_would_change_are_not_saved(tmp_path):
     extended = lambda more: as_tokenizer(tiktoken.Encoding('gpt2', pat_str=TIK.enc._pat_str, special_tokens=TIK.control_tokens | more,
                                                            mergeable_ranks=TIK.enc._mergeable_ranks))
