@@ -122,7 +122,7 @@ def read_gpt2(hf):
         norm_eps=hf.get('layer_norm_epsilon', 1e-5), positions='learned', act=ACT_NAMES.get(act, act), gated_mlp=False,
         tied=hf.get('tie_word_embeddings', True), qkv_bias=True, o_bias=True, mlp_bias=True)
 
-# %% ../nbs/03b_families.ipynb #dc22984e
+# %% ../nbs/03b_families.ipynb #28d99c67
 READERS = dict(gpt2=read_gpt2, llama=read_llama, mistral=read_mistral, qwen2=read_qwen2, qwen3=read_qwen3,
                phi3=read_phi3, gemma=read_gemma, gemma2=read_gemma2, gemma3_text=read_gemma3)
 
@@ -132,10 +132,10 @@ def config_from_hf(
 )->ModelConfig: # The same in our words
     "Read a Hugging Face configuration, raising `InputError` for families and features that would be computed wrongly"
     kind = hf.get('model_type') if isinstance(hf, dict) else None
-    if kind not in READERS:
+    if not isinstance(kind, str) or kind not in READERS:
         raise InputError(f"{where}: unknown model_type, got {kind!r}; {near_misses(str(kind), READERS)}")
     if packed:=hf.get('quantization_config'):
-        how = packed.get('quant_method')
+        how = packed.get('quant_method') if isinstance(packed, dict) else packed
         raise InputError(f"{where}: weights are packed, got {how!r}; use the plain model or a GGUF file")
     try: return ModelConfig(**READERS[kind](hf), hf=hf)
     except KeyError as e: raise InputError(f"{where}: {e} is missing; fetch the file again") from None
@@ -143,7 +143,7 @@ def config_from_hf(
     except (TypeError, AttributeError, ValueError, ArithmeticError) as e:
         raise InputError(f"{where}: an entry has the wrong type or value ({e}); fetch the file again") from None
 
-# %% ../nbs/03b_families.ipynb #73ae7ace
+# %% ../nbs/03b_families.ipynb #4d0126c9
 CLASSES = dict(gpt2='GPT2LMHeadModel', llama='LlamaForCausalLM', mistral='MistralForCausalLM', qwen2='Qwen2ForCausalLM',
                qwen3='Qwen3ForCausalLM', phi3='Phi3ForCausalLM', gemma='GemmaForCausalLM', gemma2='Gemma2ForCausalLM',
                gemma3_text='Gemma3ForCausalLM')
@@ -152,7 +152,10 @@ def config_to_hf(
     cfg:ModelConfig, # The model
 )->dict: # Content of a `config.json`
     "The Hugging Face configuration of a model, raising `InputError` if its family cannot say it"
-    if cfg.hf: return cfg.hf | dict(vocab_size=cfg.vocab_size)
+    if cfg.hf:
+        kept = {k: v for k,v in cfg.hf.items() if k not in ('auto_map', 'generation_config')}
+        extra = dict(n_ctx=cfg.max_length) if cfg.family=='gpt2' else {} # llama.cpp's converter reads this name alone
+        return extra | kept | dict(vocab_size=cfg.vocab_size)
     hf = dict(model_type=cfg.family, architectures=[CLASSES.get(cfg.family)], vocab_size=cfg.vocab_size,
               tie_word_embeddings=cfg.tied) | (_gpt2_words(cfg) if cfg.family=='gpt2' else _llama_words(cfg))
     if config_from_hf(hf)!=cfg:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GGUF_KINDS', 'CUTS', 'open_gguf', 'gguf_to_hf', 'gguf_scaling', 'undo_interleave', 'weight_reader', 'byte_bpe',
-           'piece_bpe', 'gguf_tokenizer', 'GGUF', 'read_gguf', 'gguf_template']
+           'piece_bpe', 'swallows_space', 'gguf_tokenizer', 'GGUF', 'read_gguf', 'translate_gguf', 'gguf_template']
 
 # %% ../nbs/03c_gguf.ipynb #e2a4191c
 import re
@@ -58,7 +58,7 @@ def gguf_to_hf(
     own = lambda key,otherwise=None: otherwise if (v:=get(f'{arch}.{key}')) is None else v
     return hf | (_gpt2_settings(own) if arch=='gpt2' else _llama_settings(own, names))
 
-# %% ../nbs/03c_gguf.ipynb #a1b985ec
+# %% ../nbs/03c_gguf.ipynb #5f969a38
 def _gpt2_settings(own):
     return dict(n_embd=own('embedding_length'), n_layer=own('block_count'), n_head=own('attention.head_count'),
                 n_inner=own('feed_forward_length'), n_positions=own('context_length'), activation_function='gelu_new',
@@ -76,18 +76,19 @@ def _llama_settings(own, names):
         num_key_value_heads=own('attention.head_count_kv', H), intermediate_size=own('feed_forward_length'),
         max_position_embeddings=longest, rms_norm_eps=_short(own('attention.layer_norm_rms_epsilon', 1e-5)),
         hidden_act='silu', rope_theta=own('rope.freq_base', 10000.), rope_scaling=scaling,
-        partial_rotary_factor=own('rope.dimension_count', d)/d, sliding_window=own('attention.sliding_window'),
+        partial_rotary_factor=own('rope.dimension_count', d)/d, sliding_window=own('attention.sliding_window') or None,
         attention_bias=has('attn_output.bias'), mlp_bias=has('ffn_down.bias'))
 
 
 def _short(x): return float(f'{x:.6g}') # 1e-5 was stored as 9.999999747378752e-06
 
-# %% ../nbs/03c_gguf.ipynb #7ab846f0
+# %% ../nbs/03c_gguf.ipynb #abaa0ced
 def gguf_scaling(
     read, # Function: tensor name -> tensor
     names, # Names of the tensors in the file
     hf:dict, # The file's `config.json`
     own, # Function from the architecture's key to its value or None
+    where:str='config.json', # File that errors name
 )->dict|None: # `rope_scaling` of the `config.json`
     "How turning is slowed, where the file says so with tensors"
     by_pair = lambda long,short,first,stretch: dict(
@@ -100,7 +101,7 @@ def gguf_scaling(
     factors = read('rope_freqs.weight')
     llama3 = dict(rope_type='llama3', factor=float(factors.max()), low_freq_factor=1., high_freq_factor=4.,
                   original_max_position_embeddings=8192)
-    plain,slowed = (rope_frequencies(config_from_hf(hf | dict(rope_scaling=s)), 1)[0] for s in (None, llama3))
+    plain,slowed = (rope_frequencies(config_from_hf(hf | dict(rope_scaling=s), where), 1)[0] for s in (None, llama3))
     return llama3 if torch.allclose(plain/slowed, factors, rtol=1e-3) else by_pair(factors, factors, 8192, 1.)
 
 # %% ../nbs/03c_gguf.ipynb #d5c591d1
@@ -171,24 +172,35 @@ def piece_bpe(
     tok.decoder = decoders.Sequence(back + [decoders.Strip(' ', 1, 0)]*first)
     return tok
 
-# %% ../nbs/03c_gguf.ipynb #ece9e35d
+# %% ../nbs/03c_gguf.ipynb #88083f28
+def swallows_space(
+    get, # Function from a key to its value or None
+    token:str, # A control token
+)->bool: # Is white space behind `token` part of it?
+    "Whether the tokenizer that the file was made from has `token` with this flag"
+    phi3 = get('general.architecture')=='phi3' and get('tokenizer.ggml.model')=='llama'
+    return phi3 and token not in ('<unk>', '<s>', '<|endoftext|>')
+
+# %% ../nbs/03c_gguf.ipynb #a52c2d15
 def gguf_tokenizer(
     get, # Function from a key to its value or None
     name:str, # For receipts and errors
 ): # A `Tokenizer`
     "The tokenizer of a GGUF file, raising `InputError` for kinds that cannot be rebuilt exactly"
     from tokenizers import AddedToken
-    from sft_nb.dataset import as_tokenizer
+    from sft_nb.tokenizer import JsonTokenizer
     own = lambda key: get(f'tokenizer.ggml.{key}')
     kind,tokens,types = own('model'),own('tokens'),own('token_type')
     if kind not in ('gpt2', 'llama') or not tokens:
         raise InputError(f"{name}: unknown tokenizer, got {kind!r}; take the model's Hugging Face folder")
     tok = byte_bpe(own, name) if kind=='gpt2' else piece_bpe(own)
-    of_type = lambda n: [AddedToken(t, normalized=False, special=n==3) for t,k in zip(tokens, types or ()) if k==n]
+    of_type = lambda n: [AddedToken(t, normalized=False, special=n==3, rstrip=swallows_space(get, t))
+                         for t,k in zip(tokens, types or ()) if k==n]
     tok.add_special_tokens(of_type(3)) # control tokens
     tok.add_tokens(of_type(4)) # tokens that content may use
-    text = lambda key: None if own(key) is None else tokens[own(key)]
-    return as_tokenizer(tok, text('eos_token_id'), text('padding_token_id'), name)
+    text = lambda key: None if (i:=own(f'{key}_token_id')) is None else tokens[i]
+    named = {f'{k}_token': text(g) for k,g in dict(bos='bos', unk='unknown').items() if text(g) is not None}
+    return JsonTokenizer(tok, name, text('eos'), text('padding'), config=named)
 
 # %% ../nbs/03c_gguf.ipynb #90cceafe
 @dataclass(frozen=True)
@@ -200,14 +212,26 @@ class GGUF:
     tokenizer:object # `Tokenizer`
     template:object # The file's chat template, or None
 
-# %% ../nbs/03c_gguf.ipynb #db802226
+# %% ../nbs/03c_gguf.ipynb #7e34f8d7
 def read_gguf(
     path, # A .gguf file
 )->GGUF:
     "Open a GGUF file and translate it, raising `InputError` or `FileNotFoundError`"
-    from gguf import dequantize
     path = Path(path)
     get,tensors = open_gguf(path)
+    try: return translate_gguf(path, get, tensors)
+    except InputError: raise
+    except (TypeError, AttributeError, ValueError, LookupError, ArithmeticError) as e:
+        raise InputError(f"{path}: a setting has the wrong type or value ({e}); fetch the file again") from None
+
+
+def translate_gguf(
+    path:Path, # The file, which errors name
+    get, # Function from a key to its value or None
+    tensors:dict, # Name -> tensor of the file
+)->GGUF:
+    "Settings, tensors, tokenizer and template in the words of Hugging Face"
+    from gguf import dequantize
     def unpack(name):
         t = tensors[name]
         try: return torch.from_numpy(np.array(dequantize(t.data, t.tensor_type), dtype=np.float32))
@@ -215,7 +239,9 @@ def read_gguf(
             kind = t.tensor_type.name
             raise InputError(f"{path}: {name} is packed as {kind}, which is not read; take another file") from None
     hf,arch = gguf_to_hf(get, tensors, str(path)),get('general.architecture')
-    if arch!='gpt2': hf['rope_scaling'] = gguf_scaling(unpack, tensors, hf, lambda key: get(f'{arch}.{key}'))
+    if arch!='gpt2': hf['rope_scaling'] = gguf_scaling(unpack, tensors, hf, lambda key: get(f'{arch}.{key}'), str(path))
+    first = (hf.get('rope_scaling') or {}).get('original_max_position_embeddings')
+    if arch=='phi3' and first: hf['original_max_position_embeddings'] = first # where transformers looks for Phi-3's
     cfg = config_from_hf(hf, str(path))
     read,names = weight_reader(cfg, arch, unpack, tensors)
     return GGUF(cfg, read, names, gguf_tokenizer(get, path.stem), gguf_template(get, path.stem))
