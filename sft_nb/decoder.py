@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .data import InputError
 
-# %% ../nbs/03a_decoder.ipynb #77eeb4b1
+# %% ../nbs/03a_decoder.ipynb #66664602
 ACTS = dict(silu=F.silu, gelu=F.gelu, gelu_tanh=lambda x: F.gelu(x, approximate='tanh'), relu=F.relu)
 ROPE_TYPES = 'default', 'linear', 'dynamic', 'llama3', 'longrope', 'yarn'
 
@@ -73,11 +73,30 @@ class ModelConfig:
                                ('positions', self.positions, ('rope', 'learned')), ('rope_type', rope_type, ROPE_TYPES)):
             if got not in known:
                 raise InputError(f"model configuration: unknown {name}, got {got!r}; use one of {', '.join(known)}")
+        if self.window_layers and len(self.window_layers)!=self.n_layers:
+            raise InputError("model configuration: window_layers has to say of each layer whether it has the window, "
+                             f"got {len(self.window_layers)} for {self.n_layers} layers; correct it")
+        if self.rope_scaling: self._try_scaling(rope_type)
+
+    def _try_scaling(self, rope_type):
+        "What would fail in the first batch shall fail here; some scalings treat long rows otherwise, so two lengths are tried"
+        try:
+            for length in (1, 2**40): rope_frequencies(self, length)
+        except (KeyError, TypeError, ValueError, RuntimeError, ZeroDivisionError) as e:
+            fault = f'lacks {e}' if isinstance(e, KeyError) else f'cannot be computed, got {e!r}'
+            raise InputError(f"model configuration: rope_scaling of type {rope_type!r} {fault}; correct it") from e
 
     @property
     def scale(self)->float:
         "What a query is multiplied by"
         return self.head_dim**-0.5 if self.query_scale is None else self.query_scale
+
+    @property
+    def rope_limit(self)->float:
+        "Longest row, in tokens, whose positions are turned as those of a short row; inf where all rows are turned alike"
+        kind = (self.rope_scaling or {}).get('rope_type')
+        if kind=='longrope': return self.rope_scaling['original_max_position_embeddings']
+        return self.max_length if kind=='dynamic' else math.inf
 
     def window_of(self, i:int)->int|None:
         "How far back layer `i` sees; None: to the beginning"
@@ -116,13 +135,25 @@ def count_flops(
     forward = blocks + attention + head
     return dict(blocks=blocks, attention=attention, head=head, forward=forward, training=3*forward)
 
-# %% ../nbs/03a_decoder.ipynb #369af3ae
+# %% ../nbs/03a_decoder.ipynb #a1b6a867
 class ByHand(torch.autograd.Function):
     "A function whose derivative is written down; where no graph is built it is a plain call, which takes less time"
+    def __init_subclass__(cls): cls.backward = staticmethod(_once(cls.backward))
+
     @classmethod
-    def of(cls, *args):
-        graph = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    def of(cls, *args, by_hand=True):
+        "The function's value; not `by_hand`, autograd finds the derivative from what `forward` does"
+        graph = by_hand and (torch.is_grad_enabled() or torch.compiler.is_compiling())
         return cls.apply(*args) if graph else cls.forward(_NoGraph(), *args)
+
+
+def _once(backward):
+    def checked(ctx, *grads):
+        if torch.is_grad_enabled(): # autograd takes notes of this very derivative
+            raise InputError("gradient: derivatives written by hand have none themselves, got create_graph=True; take your loss of the logits, "
+                             "with by_hand=False in model.shortcuts")
+        return backward(ctx, *grads)
+    return checked
 
 
 class _NoGraph:
@@ -193,7 +224,7 @@ def rope_frequencies(
     if kind=='yarn': return _yarn(freq, s, cfg, theta)
     return freq, 1.
 
-# %% ../nbs/03a_decoder.ipynb #0208320f
+# %% ../nbs/03a_decoder.ipynb #0a996c5c
 def _llama3(freq, s):
     turns = s['original_max_position_embeddings']*freq/(2*math.pi) # whole turns in a row of the first training
     share = ((turns - s['low_freq_factor'])/(s['high_freq_factor'] - s['low_freq_factor'])).clamp(0, 1)
@@ -201,7 +232,7 @@ def _llama3(freq, s):
 
 
 def _longrope(freq, s, cfg, length):
-    first = s['original_max_position_embeddings']
+    first = cfg.rope_limit
     factor = s.get('factor') or cfg.max_length/first
     stretch = s.get('attention_factor') or (1. if factor<=1 else math.sqrt(1 + math.log(factor)/math.log(first)))
     return freq/torch.tensor(s['long_factor' if length>first else 'short_factor']), stretch
@@ -279,7 +310,7 @@ def rectangles(
         return part(rows[:cut]) + part(rows[cut:])
     return part(np.argsort(lens, kind='stable'))
 
-# %% ../nbs/03a_decoder.ipynb #d92226f4
+# %% ../nbs/03a_decoder.ipynb #293a9a0e
 @dataclass
 class Group:
     "A rectangle of rows"
@@ -327,6 +358,7 @@ class Layout:
         self.out = to(np.concatenate([np.arange(P)[:,None] + np.arange(H)*P, out]))
         if past is not None: past.begin(self, to(lens))
         self.length = P + self.T if past is None else past.n_prefix + past.n_slots
+        self.rope_length = self.length if past is None else past.rope_length # kept keys are turned already
 
     def past_masks(self, window, dtype):
         "The same for keys in a cache"
@@ -451,11 +483,11 @@ class _Attend(ByHand):
         dq,dk = torch.bmm(dscores, k),torch.bmm(dscores.mT, q)
         return *(x.view(*shape[:2], *x.shape[1:]) for x in (dq, dk, dv)), None, None
 
-# %% ../nbs/03a_decoder.ipynb #d4aee87e
+# %% ../nbs/03a_decoder.ipynb #30c45334
 @dataclass
 class Shortcuts:
     "What a model does to be fast; every one of them is exact"
-    by_hand:bool = True # Use the derivatives written here instead of autograd's, and the faster library's products
+    by_hand:bool = True # Blocks use the derivatives written here instead of autograd's, and the faster library's products
     min_saving:float = 4096 # Pairs of positions that one more rectangle of attention must save, on a CPU; inf: one for all
     attention:str = 'auto' # 'products' (two batched products), 'fused' (torch's kernel), 'auto': by length and device
     long_rows:int = 512 # From this many positions on, 'auto' takes the fused kernel
@@ -481,18 +513,27 @@ def attend_rows(
     by_query = q.view(len(q), c.n_heads, T, -1)
     return F.scaled_dot_product_attention(by_query, k, v, is_causal=True, scale=c.scale, enable_gqa=True).view(q.shape)
 
-# %% ../nbs/03a_decoder.ipynb #ab8897bb
+# %% ../nbs/03a_decoder.ipynb #36fa90a8
 class KVCache:
     "Keys and values of earlier tokens: the preamble's once, the rows' own side by side"
     def __init__(self):
         self.n_prefix,self.lengths,self.shared,self.own = 0,None,{},{}
+        self.rope_length = None # Turn all positions as for a row of this length
 
     def begin(self, lay, lens_B):
-        "Make room for the tokens of `lay`; called once for each batch"
-        if self.lengths is None: self.lengths = torch.zeros_like(lens_B)
-        if lay.P: self.n_prefix = lay.P
-        self.slots_BT = self.lengths[:,None] + torch.arange(lay.T, device=lens_B.device)
-        self.n_slots,self.lengths = int(self.slots_BT.max()) + 1,self.lengths + lens_B
+        "Make room for the tokens of `lay`, raising `InputError` if they cannot go with those before; called once for each batch"
+        if self.lengths is not None and lay.P:
+            raise InputError(f"cache: already holds rows, so a batch cannot bring a preamble, got one of {lay.P} tokens; "
+                             "collate with share_prefix=False")
+        before,P,limit = torch.zeros_like(lens_B) if self.lengths is None else self.lengths,lay.P or self.n_prefix,lay.cfg.rope_limit
+        longest = P + int((before + lens_B).max())
+        rope_length = self.rope_length or longest
+        if rope_length<=limit<longest:
+            raise InputError(f"cache: this model turns rows of more than {limit} tokens otherwise than the keys that are kept, "
+                             f"got a row that grows to {longest}; read it anew with an empty cache")
+        self.n_prefix,self.rope_length = P,rope_length
+        self.slots_BT = before[:,None] + torch.arange(lay.T, device=lens_B.device)
+        self.n_slots,self.lengths = int(self.slots_BT.max()) + 1,before + lens_B
 
     def masks_of(self, window, cfg, dtype):
         "What to add to the scores of the rows' own keys (B, K, G*T, S), and of the preamble's"
@@ -583,7 +624,7 @@ class _SwiGLU(ByHand):
         torch.ops.aten.silu_backward.grad_input(g*up, gate, grad_input=dgate)
         return dx
 
-# %% ../nbs/03a_decoder.ipynb #b324db69
+# %% ../nbs/03a_decoder.ipynb #650fbd5f
 class Block(nn.Module):
     "Attention and MLP, each on a normed copy of the residual stream and added back to it"
     def __init__(self,
@@ -608,20 +649,20 @@ class Block(nn.Module):
         if c.qk_norm:
             q,k,v = x.view(len(x), -1, c.head_dim).split([c.n_heads, c.n_kv_heads, c.n_kv_heads], 1)
             x = torch.cat([self.q_norm(q, cuts.by_hand), self.k_norm(k, cuts.by_hand), v], 1).flatten(1)
-        if tables: x = _Turn.of(x, *tables, (c.n_heads + c.n_kv_heads, c.head_dim))
+        if tables: x = _Turn.of(x, *tables, (c.n_heads + c.n_kv_heads, c.head_dim), by_hand=cuts.by_hand)
         return x.view(len(x), -1, c.head_dim)
 
     def attention(self, x, lay, cuts, at_M=None):
         "What each position (or each of `at_M`) finds in its row: (N or M, H*d)"
         if lay.single: return self.look_back(*single_heads(x, self.cfg), lay, cuts).reshape(len(x), -1)
-        heads,masks,n = _TakeHeads.of(x, lay),lay.masks_of(self.window, x.dtype),len(lay.groups)
+        heads,masks,n = _TakeHeads.of(x, lay, by_hand=cuts.by_hand),lay.masks_of(self.window, x.dtype),len(lay.groups)
         groups,pre = [heads[3*i:3*i+3] for i in range(n)],heads[3*n:]
         out = [attend_rows(pre, lay, masks[n], self.window, cuts)] if pre else []
         if lay.past is None: out += [attend_rows(g, lay, m, self.window, cuts) for g,m in zip(groups, masks)]
         else:
             if pre: lay.past.shared[self.i] = pre[1][0].detach(),pre[2][0].detach()
             out.append(self.look_back(*groups[0], lay, cuts))
-        return _PutBack.of(lay.out if at_M is None else lay.out[at_M], *out)
+        return _PutBack.of(lay.out if at_M is None else lay.out[at_M], *out, by_hand=cuts.by_hand)
 
     def look_back(self, q, k, v, lay, cuts):
         "What the queries of each row find in the cache, to which the row's new keys and values are added"
@@ -644,11 +685,11 @@ class Block(nn.Module):
         "The residual stream behind this block; only positions `at_M` of it if they are given"
         found = self.o(self.attention(self.heads(h, tables, cuts), lay, cuts, at_M), cuts.by_hand)
         if at_M is not None: h = h.index_select(0, at_M)
-        h = h + (self.attn_out_norm(found) if self.cfg.sandwich else found)
+        h = h + (self.attn_out_norm(found, cuts.by_hand) if self.cfg.sandwich else found)
         found = self.mlp(h, cuts)
-        return h + (self.mlp_out_norm(found) if self.cfg.sandwich else found)
+        return h + (self.mlp_out_norm(found, cuts.by_hand) if self.cfg.sandwich else found)
 
-# %% ../nbs/03a_decoder.ipynb #498c1664
+# %% ../nbs/03a_decoder.ipynb #35b4726f
 class _TargetLoss(ByHand):
     "Sum of weight times cross-entropy of `h @ table.T` at `labels`"
     @staticmethod
@@ -671,7 +712,9 @@ class _TargetLoss(ByHand):
             h,table,p = ctx.saved_tensors
             dh = product(p, table.mT)*g if ctx.wants[0] else None
             return dh, weight_gradient(*(ctx.owner or [table]), p.mT, h*g) if ctx.wants[1] else None, *[None]*6
-        (dh,dtable),ctx.done = ctx.done,None
+        if not ctx.done:
+            raise InputError("loss: taken in chunks, it has one backward pass, got a second; compute the loss anew or raise chunk")
+        (dh,dtable),ctx.done = ctx.done,()
         return None if dh is None else dh*g, None if dtable is None else dtable.mul_(g), *[None]*6
 
 
@@ -705,7 +748,7 @@ class _Twice(ByHand):
         if table.grad is None: return reads.to_dense()
         table.grad.add_(reads) # where the head's gradient has been written to its place
 
-# %% ../nbs/03a_decoder.ipynb #91b375a9
+# %% ../nbs/03a_decoder.ipynb #893be061
 class Decoder(nn.Module):
     "Embedding, blocks, norm and head"
     def __init__(self,
@@ -741,7 +784,7 @@ class Decoder(nn.Module):
         h = in_float32(F.embedding(batch.ids_N, self.embed.weight if own else table, sparse=not own))
         if c.embed_scale!=1: h = h*c.embed_scale
         if c.positions=='learned': h,tables = h + self.pos_embed(batch.pos_N),{}
-        else: tables = {w: rope_tables(c, batch.pos_N, lay.length, w, self.embed.weight.dtype)
+        else: tables = {w: rope_tables(c, batch.pos_N, lay.rope_length, w, self.embed.weight.dtype)
                         for w in {bool(b.window) for b in self.blocks}}
         for block in self.blocks:
             last = block is self.blocks[-1]
@@ -763,17 +806,21 @@ class Decoder(nn.Module):
         "Sum over the batch's targets of weight times negative log-likelihood, in nats"
         cuts,table,reads,grad = self.shortcuts,self.head_weight,None,torch.is_grad_enabled()
         owner = (table,) if cuts.by_hand else ()
-        at_M = batch.weight_N.nonzero()[:,0]
+        at_M = batch.weight_N.nonzero()[:,0] if cuts.ends_at_targets else torch.arange(len(batch.ids_N), device=batch.ids_N.device)
+        labels_M = batch.labels_N[at_M].clamp(min=0) # whatever has no weight can have any label
         if cuts.one_gradient and self.cfg.tied and grad and table.requires_grad: reads,table = _Twice.of(table)
-        h = self.hidden(batch, at_M, table=reads) if cuts.ends_at_targets else self.hidden(batch, table=reads)[at_M]
+        h = self.hidden(batch, at_M, table=reads)
         wants = grad and h.requires_grad, grad and table.requires_grad
-        return _TargetLoss.of(h, table, batch.labels_N[at_M], batch.weight_N[at_M], self.cfg.logit_cap, chunk, wants, owner)
+        return _TargetLoss.of(h, table, labels_M, batch.weight_N[at_M], self.cfg.logit_cap, chunk, wants, owner)
 
     def forward(self,
         x, # Flat `Batch`, or ids (B, T) of rows that are all full
         chunk:int=1024, # Targets whose logits exist at the same time
     )->Tensor: # The batch's `loss`, or logits (B, T, V)
-        "Loss of a batch, or logits of a rectangle"
+        "Loss of a batch, or logits of a rectangle; raises `InputError` under autocast"
+        if torch.is_autocast_enabled(self.embed.weight.device.type):
+            raise InputError("model: precision comes from its weights, got a call under torch.autocast; call it outside, with weights "
+                             "in bfloat16 if products shall be")
         if not isinstance(x, Tensor): return self.loss(x, chunk)
         return self.head(self.hidden(_Rectangle(x))).view(*x.shape, -1)
 

@@ -8,10 +8,11 @@ __all__ = ['ROOM', 'SHORT', 'READ_TOKENS', 'generate_naive', 'Answer', 'default_
            'choose_ids', 'answer_text', 'TextPieces', 'pack_weight', 'Ready', 'check_prompts', 'generate', 'stream',
            'answer_records']
 
-# %% ../nbs/04b_generation.ipynb #76452064
-import math, mmap, os
+# %% ../nbs/04b_generation.ipynb #75572362
+import math, mmap, operator
 from collections import deque
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .collate import collate_prompts
-from .data import InputError
+from .data import InputError, shorten
 from .dataset import encode_prompt
 from .decoder import KVCache
 
@@ -78,7 +79,7 @@ def reserve(
     private = dict(flags=mmap.MAP_PRIVATE|mmap.MAP_ANONYMOUS) if hasattr(mmap, 'MAP_PRIVATE') else {}
     return torch.frombuffer(mmap.mmap(-1, math.prod(shape)*like.element_size(), **private), dtype=like.dtype).view(shape)
 
-# %% ../nbs/04b_generation.ipynb #62c21dd6
+# %% ../nbs/04b_generation.ipynb #9af98709
 class RowCache(KVCache):
     "Keys and values of rows that come and go"
     def __init__(self,
@@ -89,6 +90,7 @@ class RowCache(KVCache):
     ):
         super().__init__()
         self.cfg,self.most,self.room,self.copied,self.n_copied = cfg,n_slots,0,{},0
+        self.rope_length = n_slots # of the longest row there can be
         size = n_rows*cfg.n_kv_heads*n_slots*cfg.head_dim
         self.memory = [reserve((2*size,), like) for _ in range(cfg.n_layers + 1)] # one to spare
         self.used,self.rows = torch.zeros(n_rows, dtype=torch.int64, device=like.device),slice(0, n_rows)
@@ -184,17 +186,33 @@ class Plan:
         return (f"{self.n_prompts} prompts, the first {self.n_prefix} ids shared: {self.n_rows} rows at a time; "
                 f"keys and values take {self.slot_bytes/1024:.1f} KiB a token, {gib:.2f} GiB at most")
 
-# %% ../nbs/04b_generation.ipynb #fbdfdd80
+# %% ../nbs/04b_generation.ipynb #1dc9bbe9
 def free_bytes(
     device, # Where
+    system:str='/', # Where Linux tells what it has
 )->int: # Bytes
-    "Memory that can still be had on `device`"
+    "Memory that can still be had on `device`, within the limit of a container"
     if torch.device(device).type=='cuda': return torch.cuda.mem_get_info(device)[0]
+    free,group = [],Path(system)/'sys/fs/cgroup'
+    table = lambda path: {l.split()[0].rstrip(':'): int(l.split()[1]) for l in path.read_text().splitlines()}
     try:
-        with open('/proc/meminfo') as f: return next(int(l.split()[1])*1024 for l in f if l.startswith('MemAvailable'))
-    except OSError: return 4*2**30
+        free.append(table(Path(system)/'proc/meminfo')['MemAvailable']*1024)
+        used,files = int((group/'memory.current').read_text()),table(group/'memory.stat')
+        limit = (group/'memory.max').read_text().strip()
+        if limit!='max': free.append(int(limit) - used + files['active_file'] + files['inactive_file']) # copies of files make room
+    except (OSError, KeyError): pass
+    return min(free, default=4*2**30)
 
-# %% ../nbs/04b_generation.ipynb #ec68e2ee
+# %% ../nbs/04b_generation.ipynb #a3bcb344
+def _check_count(
+    name:str, # Of an argument
+    value, # What was given
+):
+    "Raise `InputError` for anything but a whole number above 0"
+    if not isinstance(value, (int, np.integer)) or value<1:
+        raise InputError(f"generate: {name} is not a whole number above 0, got {value!r}; correct it")
+
+# %% ../nbs/04b_generation.ipynb #cb9a2507
 def plan_rows(
     model, # `Decoder`
     prompts:list, # Lists of ids
@@ -204,6 +222,7 @@ def plan_rows(
 )->Plan: # What `generate` will do
     "Choose the number of rows, raising `InputError` if not even one fits"
     c,weight = model.cfg,model.embed.weight
+    if batch_size is not None: _check_count('batch_size', batch_size)
     P = collate_prompts(prompts).n_prefix
     apart = P if P>SHORT else 0
     n_slots = max(P, max(min(len(p) + max_new, c.max_length) for p in prompts) - apart)
@@ -213,10 +232,10 @@ def plan_rows(
     if fit<1:
         raise InputError(f"generate: keys and values of one row of {n_slots} tokens take {n_slots*slot/2**30:.2f} GiB, "
                          f"got a budget of {budget/2**30:.2f} GiB; lower max_new or raise memory_gib")
-    most = batch_size or (512 if weight.is_cuda else 128)
+    most = (512 if weight.is_cuda else 128) if batch_size is None else batch_size
     return Plan(len(prompts), P, min(fit, most, len(prompts)), n_slots, slot)
 
-# %% ../nbs/04b_generation.ipynb #f9b7828e
+# %% ../nbs/04b_generation.ipynb #39acbf2d
 @dataclass(frozen=True)
 class Sampling:
     "How the next id is chosen; raises `InputError` for a value that makes no sense"
@@ -230,11 +249,11 @@ class Sampling:
         share = (lambda v: 0<v<=1),'above 0, at most 1'
         for name,good,want in (('temperature', lambda v: 0<=v<math.inf, '0 or more'),
                                ('top_p', *share), ('min_p', *share),
-                               ('top_k', lambda v: v>=1 and v==int(v), 'a whole number above 0'),
+                               ('top_k', lambda v: v>=1 and isinstance(v, (int, np.integer)), 'a whole number above 0'),
                                ('repetition_penalty', lambda v: 0<v<math.inf, 'a number above 0')):
             value = getattr(self, name)
-            if value is not None and not good(value):
-                raise InputError(f"sampling: {name} is out of range, got {value}; give {want}")
+            if value is not None and not (isinstance(value, (int, float, np.number)) and good(value)):
+                raise InputError(f"sampling: {name} is out of range, got {value!r}; give {want}")
         cuts = [n for n in ('top_k', 'top_p', 'min_p') if getattr(self, n) is not None]
         if cuts and not self.temperature:
             raise InputError(f"sampling: {cuts[0]} has no effect at temperature 0, which takes the best id, "
@@ -380,7 +399,7 @@ class Ready:
         logits,cap = self.table(h).float(),self.model.cfg.logit_cap
         return logits if cap is None else cap*torch.tanh(logits/cap)
 
-# %% ../nbs/04b_generation.ipynb #d6088cab
+# %% ../nbs/04b_generation.ipynb #46005970
 @dataclass
 class _Row:
     i:int # Number of the prompt
@@ -389,8 +408,10 @@ class _Row:
     chance:torch.Generator # Where this row's draws come from
     ids:list = field(default_factory=list)
     finish:str = ''
+    @property
+    def n(self): return len(self.prompt) + len(self.ids)
 
-# %% ../nbs/04b_generation.ipynb #04dca532
+# %% ../nbs/04b_generation.ipynb #235b8202
 READ_TOKENS = 512 # Prompt tokens read at a time
 
 class _Loop:
@@ -398,28 +419,38 @@ class _Loop:
     def __init__(self, model, tokenizer, prompts, max_new, how, generator, stop_ids, stop_strings, plan):
         c,self.how,self.plan,self.device = model.cfg,how,plan,model.embed.weight.device
         self.tokenizer,self.stop_ids,self.stop_strings = tokenizer,stop_ids,stop_strings
-        self.ready,self.cache = Ready(model),RowCache(c, plan.n_rows, plan.n_slots, model.embed.weight)
-        self.rows,self.prefix = [],prompts[0][:plan.n_prefix]
+        self.ready,self.rows,self.prefix = Ready(model),[],prompts[0][:plan.n_prefix]
+        self.limits = sorted({min(c.rope_limit, c.max_length), c.max_length})
         self.piece = max(16, min(READ_TOKENS, 2**25//(c.n_heads*plan.n_slots)))
         chance = dict(generator=generator, device=generator.device) if generator else {}
         seeds = torch.randint(2**62, (len(prompts),), **chance).tolist() if how.temperature else None
         source = lambda i: torch.Generator().manual_seed(seeds[i]) if seeds else None
-        row = lambda i: _Row(i, prompts[i], min(max_new, c.max_length - len(prompts[i])), source(i))
-        self.waiting = deque(row(i) for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])))
+        self.later = [_Row(i, p, min(max_new, c.max_length - len(p)), source(i)) for i,p in enumerate(prompts)]
         self.seen = None
         if how.repetition_penalty!=1:
             self.seen = torch.zeros(plan.n_rows, c.vocab_size, dtype=torch.bool, device=self.device)
 
     @torch.inference_mode()
     def __iter__(self):
+        for limit in self.limits:
+            self.open(limit)
+            while self.waiting or self.rows:
+                if self.waiting and 2*len(self.rows)<=self.plan.n_rows: yield self.admit()
+                if self.rows: yield self.step()
+
+    def open(self, limit):
+        "Queue the rows of at most `limit` tokens, with a cache that has read what they share"
+        self.limit,self.cache = limit,None # an old cache's memory is free
+        self.waiting = deque(sorted((r for r in self.later if r.n<=limit), key=lambda r: r.n))
+        self.later = [r for r in self.later if r.n>limit]
+        if not self.waiting: return
+        model,plan = self.ready.model,self.plan
+        self.cache = RowCache(model.cfg, plan.n_rows, plan.n_slots, model.embed.weight)
+        self.cache.rope_length = limit
         if self.prefix:
             self.read([self.prefix], 0, 0)
             self.cache.share(len(self.prefix))
-        longest = max(len(r.prompt) for r in self.waiting) - self.cache.n_prefix
-        self.cache.grow(min(longest, self.piece) + 1)
-        while self.waiting or self.rows:
-            if self.waiting and 2*len(self.rows)<=self.plan.n_rows: yield self.admit()
-            if self.rows: yield self.step()
+        self.cache.grow(min(self.waiting[-1].n - self.cache.n_prefix, self.piece) + 1)
 
     def read(self, rows, start, first):
         "Scores after `rows`, whose ids begin at position `first`, read into the cache from row `start` on"
@@ -432,7 +463,7 @@ class _Loop:
     def next_group(self):
         "Prompts from the queue that are read together: as many as `piece` has room for, and at least one"
         group,P,free = [self.waiting.popleft()],len(self.prefix),self.plan.n_rows - len(self.rows)
-        fits = lambda: (len(group) + 1)*(len(self.waiting[0].prompt) - P)<=self.piece
+        fits = lambda: (len(group) + 1)*(self.waiting[0].n - P)<=self.piece
         while self.waiting and len(group)<free and fits(): group.append(self.waiting.popleft())
         return group
 
@@ -443,14 +474,14 @@ class _Loop:
             at,group = len(self.rows),self.next_group()
             self.rows += group
             self.cache.seat(at, len(self.rows))
-            scores.append(self.read([r.prompt[P:] for r in group], at, P))
+            scores.append(self.read([(r.prompt + r.ids)[P:] for r in group], at, P))
         if self.seen is not None:
-            for b,r in enumerate(self.rows[start:], start): self.seen[b].zero_()[r.prompt] = True
+            for b,r in enumerate(self.rows[start:], start): self.seen[b].zero_()[r.prompt + r.ids] = True
         return self.take(torch.cat(scores), start)
 
     def step(self):
         "One new id for every row"
-        at = [len(r.prompt) + len(r.ids) - 1 for r in self.rows]
+        at = [r.n - 1 for r in self.rows]
         one = FlatRows([[r.ids[-1]] for r in self.rows], at, self.device)
         with self.ready: logits = self.ready.logits(one, None, self.cache.of(0, len(self.rows)))
         return self.take(logits, 0)
@@ -467,7 +498,7 @@ class _Loop:
             if self.has_ended(r): r.finish = 'stop'
             elif len(r.ids)==r.room: r.finish = 'length'
         for b in reversed(range(len(self.rows))):
-            if self.rows[b].finish: self.leave(b)
+            if self.rows[b].finish or self.rows[b].n>self.limit: self.leave(b)
         return rows
 
     def has_ended(self, row):
@@ -475,32 +506,54 @@ class _Loop:
         return bool(self.stop_strings) and answer_text(self.tokenizer, row.ids, (), self.stop_strings)[1]
 
     def leave(self, b):
-        "The last row takes the place of row `b`"
+        "The last row takes the place of row `b`, which goes on later if it is not done"
         last = len(self.rows) - 1
+        if not self.rows[b].finish: self.later.append(self.rows[b])
         self.cache.drop(b, last)
         if self.seen is not None: self.seen[b] = self.seen[last]
         self.rows[b] = self.rows[last]
         self.rows.pop()
 
-# %% ../nbs/04b_generation.ipynb #fe8db380
+# %% ../nbs/04b_generation.ipynb #cf18fc54
 def check_prompts(
     model, # `Decoder`
     prompts:list, # Lists of ids
     max_new:int, # Most new ids of an answer
+    names:list=None, # What to call each prompt in messages; None: 'prompt 0', 'prompt 1' ...
 ):
     "Raise `InputError` for prompts that cannot be answered"
     c = model.cfg
-    if max_new<1: raise InputError(f"generate: max_new is below 1, got {max_new}; give the longest answer in ids")
-    for i,p in enumerate(prompts):
-        if not len(p): raise InputError(f"prompt {i}: has no ids; give at least one")
+    _check_count('max_new', max_new)
+    for p,name in zip(prompts, names or (f'prompt {i}' for i in range(len(prompts)))):
+        if not len(p): raise InputError(f"{name}: has no ids; give at least one")
         if len(p)>=c.max_length:
-            raise InputError(f"prompt {i}: leaves no room for an answer, got {len(p)} ids for a model that reads "
+            raise InputError(f"{name}: leaves no room for an answer, got {len(p)} ids for a model that reads "
                              f"{c.max_length}; shorten it")
         if not 0<=min(p)<=max(p)<c.vocab_size:
-            raise InputError(f"prompt {i}: has an id outside the model's {c.vocab_size}, got {min(p)} to {max(p)}; "
+            raise InputError(f"{name}: has an id outside the model's {c.vocab_size}, got {min(p)} to {max(p)}; "
                              "use the tokenizer that belongs to the model")
 
-# %% ../nbs/04b_generation.ipynb #7095e4c0
+
+def _as_ids(
+    ids, # List, array or tensor of ids
+    name:str, # What to call it in messages
+)->list: # The same as Python's numbers
+    "Whole numbers, raising `InputError` for anything else, such as text"
+    try: return [operator.index(i) for i in ids]
+    except TypeError: raise InputError(f"{name}: is not a list of ids, got {shorten(ids)}; encode text with the tokenizer") from None
+
+
+def _as_strings(
+    strings, # One string or several
+)->tuple: # Of strings
+    "Stop strings, raising `InputError` for one that is empty or no text"
+    strings = (strings,) if isinstance(strings, str) else tuple(strings)
+    for s in strings:
+        if not s or not isinstance(s, str):
+            raise InputError(f"generate: a stop string must be text that is not empty, got {s!r}; drop it")
+    return strings
+
+# %% ../nbs/04b_generation.ipynb #adc572ec
 def generate(
     model, # `Decoder`
     tokenizer, # `Tokenizer`
@@ -513,17 +566,17 @@ def generate(
     repetition_penalty:float=1.,
     generator:torch.Generator=None, # Source of chance; torch's own if None
     stop_ids=None, # Ids that end an answer; None: `default_stop_ids`
-    stop_strings=(), # Strings that end an answer
+    stop_strings=(), # String or strings that end an answer
     batch_size:int=None, # Most rows at a time; None: what `plan_rows` finds
     memory_gib:float=None, # For keys and values; None: a quarter of what is free
     progress:bool=False, # Print the plan and show a bar
 )->list: # `Answer`s, in the order of `prompts`
     "Answer all `prompts`, raising `InputError` for one that leaves no room for an answer"
-    prompts = [[int(i) for i in p] for p in prompts]
-    how = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    prompts = [_as_ids(p, f'prompt {i}') for i,p in enumerate(prompts)]
+    how,stop_strings = Sampling(temperature, top_k, top_p, min_p, repetition_penalty),_as_strings(stop_strings)
     check_prompts(model, prompts, max_new)
     if not prompts: return []
-    stop_ids = default_stop_ids(model, tokenizer) if stop_ids is None else set(stop_ids)
+    stop_ids = default_stop_ids(model, tokenizer) if stop_ids is None else set(_as_ids(stop_ids, 'stop_ids'))
     plan = plan_rows(model, prompts, max_new, batch_size, memory_gib)
     if progress: tqdm.write(str(plan))
     loop = _Loop(model, tokenizer, prompts, max_new, how, generator, stop_ids, stop_strings, plan)
@@ -539,7 +592,7 @@ def generate(
             bar.update(len(done))
     return answers
 
-# %% ../nbs/04b_generation.ipynb #68faf262
+# %% ../nbs/04b_generation.ipynb #c06a2d11
 def stream(
     model, # `Decoder`
     tokenizer, # `Tokenizer`
@@ -547,20 +600,20 @@ def stream(
     max_new:int=256, # Most new ids
     generator:torch.Generator=None, # Source of chance
     stop_ids=None, # Ids that end the answer; None: `default_stop_ids`
-    stop_strings=(), # Strings that end it
+    stop_strings=(), # String or strings that end it
     **how, # See `Sampling`
 ): # Iterator of pieces of text; its return value is the `Answer`
     "Answer one prompt piece by piece"
-    how,prompt = Sampling(**how),[int(i) for i in prompt]
+    how,prompt,stop_strings = Sampling(**how),_as_ids(prompt, 'prompt'),_as_strings(stop_strings)
     check_prompts(model, [prompt], max_new)
-    stop_ids = default_stop_ids(model, tokenizer) if stop_ids is None else set(stop_ids)
+    stop_ids = default_stop_ids(model, tokenizer) if stop_ids is None else set(_as_ids(stop_ids, 'stop_ids'))
     plan = plan_rows(model, [prompt], max_new)
     pieces = TextPieces(tokenizer, stop_strings)
     for [row] in _Loop(model, tokenizer, [prompt], max_new, how, generator, stop_ids, stop_strings, plan):
         if piece:=pieces.add(row.ids, stop_ids, bool(row.finish)): yield piece
     return Answer(tuple(row.ids), pieces.sent, row.finish, len(prompt))
 
-# %% ../nbs/04b_generation.ipynb #879823eb
+# %% ../nbs/04b_generation.ipynb #360b0a04
 def answer_records(
     model, # `Decoder`
     tokenizer, # `Tokenizer`
@@ -571,5 +624,6 @@ def answer_records(
 )->list: # `Answer`s, in the order of `records`
     "Answer the prompt of every record"
     prompts = [encode_prompt(r, template, tokenizer) for r in records]
+    check_prompts(model, prompts, max_new, [r.where for r in records])
     if options.get('stop_ids') is None: options['stop_ids'] = default_stop_ids(model, tokenizer, template)
     return generate(model, tokenizer, prompts, max_new, **options)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from sft_nb import generation
 from sft_nb.data import load_records, split_records
 from sft_nb.dataset import encode_prompt, get_gpt2_tokenizer
 from sft_nb.decoder import Decoder, ModelConfig
@@ -77,7 +78,9 @@ SIZES = dict(vocab_size=89, hidden_size=32, intermediate_size=48, num_hidden_lay
 CONFIGS = dict(
     llama=lambda: transformers.LlamaConfig(**SIZES), mistral=lambda: transformers.MistralConfig(**SIZES, sliding_window=7),
     qwen2=lambda: transformers.Qwen2Config(**SIZES), qwen3=lambda: transformers.Qwen3Config(**SIZES, head_dim=8),
-    phi3=lambda: transformers.Phi3Config(**SIZES), gpt2=lambda: transformers.GPT2Config(vocab_size=89, n_embd=32, n_layer=3, n_head=4,
+    phi3=lambda: transformers.Phi3Config(**SIZES), phi3_long=lambda: transformers.Phi3Config(**SIZES, original_max_position_embeddings=24,
+        rope_parameters=dict(rope_type='longrope', rope_theta=1e4, partial_rotary_factor=1., short_factor=[1., 1.1, 1.2, 1.3], long_factor=[2., 5., 9., 12.])),
+    gpt2=lambda: transformers.GPT2Config(vocab_size=89, n_embd=32, n_layer=3, n_head=4,
         n_positions=96, bos_token_id=None, eos_token_id=None, pad_token_id=0),
     gemma2=lambda: transformers.Gemma2Config(**SIZES, head_dim=8, query_pre_attn_scalar=8, sliding_window=7),
     gemma3=lambda: transformers.Gemma3TextConfig(**SIZES, head_dim=8, query_pre_attn_scalar=8, sliding_window=7))
@@ -142,6 +145,33 @@ def test_a_long_prompt_is_read_in_pieces():
     long = np.random.default_rng(0).integers(0, 89, 1700).tolist()
     is_naive(model, [long, long[:900] + [1, 2], [5, 6], long[:513]], 2)
     is_naive(toy(max_length=3000, window=33), [long, long[:600] + [1, 2]], 2)
+
+
+LONGROPE = dict(rope_type='longrope', original_max_position_embeddings=30, short_factor=[1., 1., 2.], long_factor=[2., 5., 9.])
+
+def test_rows_on_both_sides_of_longrope(monkeypatch):
+    "Short rows, long ones and those that grow from one to the other, read in pieces of 16 ids, with a preamble that is copied, kept apart, or longer than short rows"
+    monkeypatch.setattr(generation, 'READ_TOKENS', 16)
+    model = toy(rope_scaling=LONGROPE)
+    for same in (0, 9):
+        for size in (1, 4, None): is_naive(model, ragged(5, 8, 60, same), 20, batch_size=size)
+    monkeypatch.setattr(generation, 'SHORT', 5)
+    is_naive(model, ragged(6, 8, 40, 9), 20, batch_size=4)
+    is_naive(model, ragged(6, 5, 20, 50), 20, batch_size=4)
+    is_naive(toy(rope_scaling=dict(rope_type='dynamic', factor=4.)), ragged(6, 5, 20, 60), 20, batch_size=4)
+
+
+def test_an_answer_that_crosses_the_limit_is_one_answer():
+    "Draws, seen ids and pieces of text go on where they were"
+    model, prompts = toy(rope_scaling=LONGROPE), ragged(5, 8, 50)
+    how = dict(max_new=20, stop_ids=(), temperature=0.9, repetition_penalty=1.3)
+    ask = lambda **kw: generate(model, Plain(), prompts, **how, **kw, generator=torch.Generator().manual_seed(3))
+    whole = ask()
+    assert any(a.n_prompt<=30<a.n_prompt+19 for a in whole)
+    for size in (1, 3): assert ask(batch_size=size)==whole
+    for p in prompts:
+        [want] = generate(model, Plain(), [p], 20, stop_ids=())
+        assert ''.join(stream(model, Plain(), p, 20, stop_ids=()))==want.text and want.n_new==20
 
 
 def test_low_rank_of_memory_gives_the_same():
