@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LOSS_ON', 'KINDS', 'READ', 'LEARNED', 'STOP', 'MUTE', 'SPEAKERS', 'OVER_LONG', 'STYLES', 'Example', 'stop_ids',
-           'printed_markers', 'missing_tokens', 'segment_tokenizers', 'encode_segments', 'segment_kinds',
-           'check_choice', 'Row', 'encode_rows', 'Flat', 'flatten_rows', 'learn_weights', 'encode_record',
-           'encode_prompt', 'check_loss', 'cut_answer', 'cut_prompt', 'fit_row', 'visible', 'token_texts', 'TokenView',
-           'view_record']
+           'printed_markers', 'missing_tokens', 'segment_tokenizers', 'encode_segments', 'stops_before',
+           'segment_kinds', 'check_choice', 'Row', 'encode_rows', 'Flat', 'flatten_rows', 'learn_weights',
+           'encode_record', 'encode_prompt', 'check_loss', 'cut_answer', 'cut_prompt', 'fit_row', 'visible',
+           'token_texts', 'TokenView', 'view_record']
 
 # %% ../nbs/01b_rows.ipynb #51e704b5
 import html, os, re
@@ -82,21 +82,28 @@ def segment_tokenizers(
         if s.text or s.stop: after_text = not (s.stop or (ids and ids[-1] in tokenizer.control_ids))
     return found
 
-# %% ../nbs/01b_rows.ipynb #a539b3cf
+# %% ../nbs/01b_rows.ipynb #bef0480e
 def encode_segments(
     rendered, # `Rendered`s, whole records or prompts
     tokenizer:Tokenizer, # Turns text into ids
 )->list: # For each of them, the ids of each segment
     "Encode each segment by itself: template text once for all, contents in one batch"
-    pairs = [list(zip(r.segments, segment_tokenizers(r.segments, tokenizer))) for r in rendered]
-    found, stops = {}, {s.text for row in pairs for s,_ in row if s.stop}
+    pairs = [list(zip(r.segments, segment_tokenizers(r.segments, tokenizer), stops_before(r.segments))) for r in rendered]
+    found, stops = {}, {s.text for row in pairs for s,*_ in row if s.stop}
     for t in {tokenizer, tokenizer.inside}:
-        texts = {(s.text, s.control) for row in pairs for s,used in row if used is t and not s.stop}
-        words = [text for text,control in texts if not control]
-        found |= {(t, text, False): ids for text,ids in zip(words, t.encode_batch(words))}
-        found |= {(t, text, True): t.encode_control(text) for text,control in texts if control}
+        texts = {(s.text, s.control, stop) for row in pairs for s,used,stop in row if used is t and not s.stop}
+        words = list({text for text,control,_ in texts if not control})
+        found |= {(t, text, False, ''): ids for text,ids in zip(words, t.encode_batch(words))}
+        found |= {(t, text, True, stop): t.encode_control(stop + text)[bool(stop):] for text,control,stop in texts if control}
     found |= {text: stop_ids(text, tokenizer) for text in stops}
-    return [[found[s.text if s.stop else (t, s.text, s.control)] for s,t in row] for row in pairs]
+    return [[found[s.text if s.stop else (t, s.text, s.control, stop)] for s,t,stop in row] for row in pairs]
+
+
+def stops_before(
+    segments, # The segments of one `Rendered`
+)->list: # For each segment the stop token's text, if it is template text right behind one, else ''
+    "Which template text stands behind a stop: some vocabularies, such as Phi-3's, let a control token swallow the space after it"
+    return ['', *(a.text if a.stop and b.control else '' for a,b in zip(segments, segments[1:]))][:len(segments)]
 
 # %% ../nbs/01b_rows.ipynb #186bbf76
 LOSS_ON = ('response', 'last', 'all', 'message')

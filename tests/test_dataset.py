@@ -192,6 +192,18 @@ def test_a_mistyped_file_is_not_replaced_by_its_neighbours(tmp_path):
     with pytest.raises(FileNotFoundError, match='no tokenizer here'): tokenizer_from_file('x'*300)
 
 
+def test_a_stop_that_swallows_space_does_so_between_turns():
+    "As in Phi-3's vocabulary; the oracle is the whole text, encoded at once"
+    tok = get_gpt2_tokenizer()
+    hf = tokenizers.Tokenizer.from_str(gpt2_as_json(tok.control_tokens).tok.to_str())
+    hf.add_special_tokens([tokenizers.AddedToken(t, special=True, normalized=False, rstrip=True) for t in ('<|user|>', '<|end|>', '<|assistant|>')])
+    talk = [dict(role=r, content=c) for r,c in (('user', 'Hi'), ('assistant', 'Hello.'), ('user', 'And now?'), ('assistant', 'Bye.'))]
+    [record] = as_records([dict(messages=talk)])
+    ours = encode_record(record, 'phi3', as_tokenizer(hf))
+    text = ''.join(s.text for s in render_record(record, 'phi3').segments)
+    assert text.count('<|end|>\n<|user|>')==1 and ours.ids.tolist()==hf.encode(text).ids
+
+
 def test_a_folder_whose_padding_token_is_unknown_pads_with_its_end(tmp_path):
     TIK.save(tmp_path)
     (tmp_path/'tokenizer_config.json').write_text('{"eos_token": "<|endoftext|>", "pad_token": "[PAD]"}')
