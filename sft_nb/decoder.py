@@ -483,7 +483,7 @@ class _Attend(ByHand):
         dq,dk = torch.bmm(dscores, k),torch.bmm(dscores.mT, q)
         return *(x.view(*shape[:2], *x.shape[1:]) for x in (dq, dk, dv)), None, None
 
-# %% ../nbs/03a_decoder.ipynb #30c45334
+# %% ../nbs/03a_decoder.ipynb #22c8ca49
 @dataclass
 class Shortcuts:
     "What a model does to be fast; every one of them is exact"
@@ -493,6 +493,7 @@ class Shortcuts:
     long_rows:int = 512 # From this many positions on, 'auto' takes the fused kernel
     ends_at_targets:bool = True # The last block's tail and the head see targets only
     one_gradient:bool = True # A tied table has one gradient: what reading ids adds is written into the head's
+    round_to:int = 16 # The loss fills its tokens and targets up to a multiple of this, so that products of few shapes occur; 1: no filling
     recompute:bool = False # Forget what blocks computed and do it again in the backward pass: slower, needs less memory
 
 # %% ../nbs/03a_decoder.ipynb #c30e0641
@@ -748,7 +749,17 @@ class _Twice(ByHand):
         if table.grad is None: return reads.to_dense()
         table.grad.add_(reads) # where the head's gradient has been written to its place
 
-# %% ../nbs/03a_decoder.ipynb #893be061
+# %% ../nbs/03a_decoder.ipynb #855401b8
+class _Filled:
+    "A flat batch with at least one token more, and a multiple of `to` of them; no added row is longer than the longest that was there"
+    def __init__(self, batch, to):
+        n,starts = len(batch.ids_N),batch.starts_B1
+        more,longest = to - n%to,int(starts.diff().max())
+        self.ids_N,self.pos_N,self.labels_N,self.weight_N = (F.pad(x, (0, more)) for x in (batch.ids_N, batch.pos_N, batch.labels_N, batch.weight_N))
+        self.starts_B1 = torch.cat([starts, torch.tensor([*range(n, n + more, longest)[1:], n + more]).to(starts)])
+        self.n_prefix = batch.n_prefix
+
+# %% ../nbs/03a_decoder.ipynb #78cd8c44
 class Decoder(nn.Module):
     "Embedding, blocks, norm and head"
     def __init__(self,
@@ -806,7 +817,9 @@ class Decoder(nn.Module):
         "Sum over the batch's targets of weight times negative log-likelihood, in nats"
         cuts,table,reads,grad = self.shortcuts,self.head_weight,None,torch.is_grad_enabled()
         owner = (table,) if cuts.by_hand else ()
+        if cuts.round_to>1: batch = _Filled(batch, cuts.round_to)
         at_M = batch.weight_N.nonzero()[:,0] if cuts.ends_at_targets else torch.arange(len(batch.ids_N), device=batch.ids_N.device)
+        at_M = F.pad(at_M, (0, -len(at_M)%cuts.round_to), value=len(batch.ids_N)-1)
         labels_M = batch.labels_N[at_M].clamp(min=0) # whatever has no weight can have any label
         if cuts.one_gradient and self.cfg.tied and grad and table.requires_grad: reads,table = _Twice.of(table)
         h = self.hidden(batch, at_M, table=reads)

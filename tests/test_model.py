@@ -193,7 +193,7 @@ def test_shortcuts(kind, shape):
     for p in model.parameters(): p.data += 0.1*torch.randn_like(p)
     for learn in ('answer', 'mixed'):
         batch = collate_examples(examples(lengths, n_same, random.Random(shape), learn))
-        for cuts in (Shortcuts(), Shortcuts(min_saving=1), Shortcuts(attention='fused', min_saving=20), Shortcuts(by_hand=False), Shortcuts(recompute=True)):
+        for cuts in (Shortcuts(), Shortcuts(min_saving=1), Shortcuts(attention='fused', min_saving=20), Shortcuts(by_hand=False), Shortcuts(round_to=1), Shortcuts(round_to=7), Shortcuts(recompute=True)):
             model.shortcuts = cuts
             diff = compare_with_naive(model, batch)
             assert diff['loss']<1e-5 and diff['gradient']<1e-5, (cuts, diff)

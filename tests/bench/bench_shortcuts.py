@@ -31,6 +31,7 @@ WITHOUT = {
     'grouped attention': 'keys and values are repeated for each query head',
     'flat AdamW': 'a pass over all tensors for each of: to float32, scale, length, clip, update, round',
     'one gradient of the table': 'a tied table gets two gradients, which are added',
+    'few shapes': 'batches are not filled up to a multiple of 16 tokens and targets',
     'keeping activations': 'blocks are computed again in the backward pass (`recompute`)'}
 
 
@@ -81,7 +82,7 @@ def child(a):
     cfg, cuts, loss, onednn, hooks, attend = run.cfg, model.shortcuts, T.batch_loss, D._onednn, [], D.attend_rows
     slow_step, slow_attend = tensor_by_tensor(run.optimizer), repeated_keys(D)
     off = {'ends at targets': dict(ends_at_targets=False), 'derivatives by hand': dict(by_hand=False), 'rows of like length': dict(min_saving=math.inf),
-           'one gradient of the table': dict(one_gradient=False), 'keeping activations': dict(recompute=True)}
+           'one gradient of the table': dict(one_gradient=False), 'few shapes': dict(round_to=1), 'keeping activations': dict(recompute=True)}
     def set_up(name):
         model.shortcuts, T.batch_loss, D._onednn = replace(cuts, **off.get(name, {})), loss, onednn and name!="oneDNN's products"
         run.cfg = replace(cfg, share_prefix=name!='shared preamble')
