@@ -4,21 +4,21 @@
 
 # %% auto #0
 __all__ = ['OPTIONS', 'COMMANDS', 'Stopped', 'new_folder', 'choose_template', 'OneLineParser', 'add_options', 'Job', 'read_data',
-           'open_model', 'prepare', 'fit_vocabulary', 'encode_part', 'longest_row', 'check_questions', 'train_config',
-           'answer', 'run_settings', 'check_job', 'check_same_run', 'train_model', 'run_folder', 'train_command',
-           'run_command', 'print_scores', 'respond_command', 'wants_judge', 'judge_options', 'print_judge',
-           'judge_command', 'compare_command', 'inspect_command', 'chat_command', 'read_line', 'build_parser',
-           'use_tcmalloc', 'main']
+           'choose_device', 'open_model', 'prepare', 'fit_vocabulary', 'encode_part', 'longest_row', 'check_questions',
+           'train_config', 'answer', 'run_settings', 'check_job', 'check_same_run', 'train_model', 'run_folder',
+           'train_command', 'run_command', 'print_scores', 'respond_command', 'wants_judge', 'judge_options',
+           'print_judge', 'judge_command', 'compare_command', 'inspect_command', 'chat_command', 'read_line',
+           'build_parser', 'use_tcmalloc', 'main']
 
-# %% ../nbs/07_cli.ipynb #78559cd8
+# %% ../nbs/07_cli.ipynb #ea0c4c34
 import argparse, math, os, shutil, sys, time
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
 from . import __version__
-from .data import (InputError, Message, Record, default_data_file, load_json, load_records, save_json, split_records,
-                         summarize_records)
+from .data import (InputError, Message, Record, default_data_file, load_json, load_records, save_json, shorten,
+                         split_records, summarize_records)
 from .templates import TextTemplate, get_template, template_names
 
 # %% ../nbs/07_cli.ipynb #1a2a2e10
@@ -56,7 +56,7 @@ def choose_template(
                          "leave --template out, or add --force-template")
     return asked
 
-# %% ../nbs/07_cli.ipynb #4022542e
+# %% ../nbs/07_cli.ipynb #b71d9239
 OPTIONS = dict(
     data=[
         ('--data', dict(metavar='FILE', help="records: JSON, JSONL, .gz, or - for standard input [the project's own 1,100]")),
@@ -73,6 +73,7 @@ OPTIONS = dict(
         ('--model', dict(metavar='NAME', help='a folder, a .gguf file, a hub id [smollm2-135m-instruct, fetched once]')),
         ('--template', dict(metavar='NAME', help=f"one of {', '.join(template_names())} [the model's own, else alpaca]")),
         ('--force-template', dict(action='store_true', help='use a tuned model in another template than its own')),
+        ('--device', dict(default='auto', metavar='NAME', help='cpu, cuda, cuda:1 ... [auto: cuda where there is one, else cpu]')),
     ],
     train=[
         ('--dtype', dict(default='auto', metavar='TYPE', help='auto, float32 or bfloat16 [auto: measured]')),
@@ -113,7 +114,7 @@ def add_options(
     for group in groups:
         for flag, how in OPTIONS[group]: parser.add_argument(flag, **how)
 
-# %% ../nbs/07_cli.ipynb #5dfcd156
+# %% ../nbs/07_cli.ipynb #6b097b6f
 @dataclass
 class Job:
     "What a run works with"
@@ -136,16 +137,30 @@ def read_data(
     return source, records
 
 
+def choose_device(
+    name:str='auto', # As for `--device`; 'cuda' is the GPU that `torchrun` has given this process, else the first
+): # A `torch.device`
+    "Where models are computed, raising `InputError` for a device that cannot be used here"
+    import torch
+    if name=='auto': name = 'cuda' if torch.cuda.is_available() else 'cpu'
+    if name=='cuda': name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try: return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as e: # torch asserts that it was built for a kind of device
+        why = str(e).splitlines()[0].rstrip('.')
+        raise InputError(f"--device: cannot be used here, got {name!r} ({shorten(why)}); leave --device out") from e
+
+
 def open_model(
     args, # Parsed options of the group model, with `template`
     say=print, # Where progress goes
 )->tuple: # `Loaded`, the template, and the ids that were added to the vocabulary for it
     "Load the model, and settle which template it is asked in"
     from sft_nb.model import load_model
-    loaded = load_model(args.model)
+    device, loaded = choose_device(args.device), load_model(args.model)
     template = choose_template(loaded, args.template, args.force_template)
     loaded, added = fit_vocabulary(loaded, template, say)
-    say(f"model     {loaded.source}: {sum(p.numel() for p in loaded.model.parameters())/1e6:.1f}M parameters, template {template.name}")
+    loaded.model.to(device)
+    say(f"model     {loaded.source}: {sum(p.numel() for p in loaded.model.parameters())/1e6:.1f}M parameters, template {template.name}, on {device}")
     return loaded, template, added
 
 
@@ -236,7 +251,7 @@ def answer(
     say(f"answers   {path}: {response_health(rows, load_meta(path))} ({time.perf_counter()-start:.0f} s)")
     return rows
 
-# %% ../nbs/07_cli.ipynb #5da08d0d
+# %% ../nbs/07_cli.ipynb #325bf17f
 def run_settings(
     job:Job, # What the run works with
     args, # Parsed options of the groups data, encode, model and train
@@ -308,6 +323,7 @@ def train_model(
         save_model(out/'model', model, job.loaded.tokenizer, job.template, meta)
     shutil.rmtree(out/'checkpoints', ignore_errors=True) # twelve bytes a weight, of no use once the model is saved
     log, job.loaded = load_log(out), load_model(out/'model')
+    job.loaded.model.to(choose_device(args.device))
     plot_losses(log).savefig(out/'loss.png', dpi=100)
     say(f"training  {len(log.steps)} steps in {log.secs/60:.1f} minutes, {log.seen_tokens/log.secs:,.0f} tokens/s ({log.dtype}); "
         f"validation loss {log.vals[0].loss:.4f} -> {log.vals[-1].loss:.4f} nats a target")
