@@ -9,7 +9,7 @@ __all__ = ['SCHEDULES', 'micro_batches', 'accumulate', 'World', 'processes', 'va
            'keep_best', 'take_best', 'save', 'store', 'fetch', 'elapsed', 'resume', 'go', 'block_options', 'train',
            'plot_losses', 'sample_answers', 'live_plot', 'tensorboard', 'weights_and_biases']
 
-# %% ../nbs/05_training.ipynb #556da4e7
+# %% ../nbs/05_training.ipynb #c29bf460
 import hashlib, json, math, os, sys, time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -21,7 +21,7 @@ import torch.distributed as dist
 from tqdm.auto import tqdm
 from .data import InputError, save_json, write_atomic
 from .collate import batch_order, lay_flat
-from .decoder import compile_blocks
+from .decoder import ATTENTION, check_trains, compile_blocks
 from .lora import adapted
 from .model import batch_loss
 from .optimizer import FlatAdamW, choose_dtype, describe_allocator
@@ -144,7 +144,7 @@ def validate(
     if not count: raise InputError(f"validation: no target in {len(rows)} rows; check loss_on and the length limit")
     return total/count
 
-# %% ../nbs/05_training.ipynb #a3f512e0
+# %% ../nbs/05_training.ipynb #49a0f620
 SCHEDULES = ('cosine', 'linear', 'wsd', 'constant')
 
 @dataclass(frozen=True)
@@ -174,6 +174,7 @@ class TrainConfig:
     shard:bool=False # With several processes: divide weights and averages among them (FSDP2) instead of repeating them
     recompute:bool=False # Forget what a block computed and compute it again in the backward pass: less memory, more time
     compile:bool=False # Compile each block: a minute or more at the start, and it may not be faster afterwards: measure
+    attention:str='auto' # One of `ATTENTION`; 'flex' is for GPUs: rows of very different length, long rows
 
     def __post_init__(self):
         def need(ok, name, rule):
@@ -193,6 +194,7 @@ class TrainConfig:
         need(0<=self.micro_batch_size<=self.batch_size, 'micro_batch_size', f'between 0 and batch_size ({self.batch_size})')
         need(self.schedule in SCHEDULES, 'schedule', 'one of '+', '.join(SCHEDULES))
         need(self.dtype in ('auto', 'float32', 'bfloat16'), 'dtype', "'auto', 'float32' or 'bfloat16'")
+        need(self.attention in ATTENTION, 'attention', 'one of '+', '.join(ATTENTION))
 
     def steps_per_epoch(self,
         n_rows:int, # Training rows
@@ -370,7 +372,7 @@ def describe_run(
             f"memory    {trained/1e6:.4g}M trained of {sum(sizes.values())/1e6:.4g}M weights: {gib:.2g} GiB for weights, gradients and averages, "
             f"and what the rows need")
 
-# %% ../nbs/05_training.ipynb #e2e49a45
+# %% ../nbs/05_training.ipynb #4e2c3dce
 _MAY_DIFFER = ('cfg.keep_last', 'cfg.save_every', 'cfg.eval_batch_size', 'cfg.shard')
 _TOLD_ELSEWHERE = ('model.hf', 'lora.targets')  # `model` and `trained_weights` say what matters of them
 
@@ -402,6 +404,7 @@ class Run:
         self.sharded = cfg.shard and world.size>1
         if self.sharded and any(hasattr(p, '__tensor_flatten__') for p in model.parameters()):
             raise InputError("train: 4-bit weights are not divided among processes, got shard=True; give shard=False")
+        check_trains(_cuts(model, cfg), model.cfg, self.device)
         if cfg.best and self.sharded and out is None: raise InputError("train: best with shard needs a run folder, got out=None; name one")
         self.identity = self._identity()
 
@@ -600,11 +603,17 @@ def go(
 
 Run.go = go
 
-# %% ../nbs/05_training.ipynb #b0708f72
+# %% ../nbs/05_training.ipynb #56a423c2
+def _cuts(model, cfg):
+    "What the model does to be fast, and what `cfg` wants of it"
+    attention = model.shortcuts.attention if cfg.attention=='auto' else cfg.attention
+    return replace(model.shortcuts, recompute=cfg.recompute, attention=attention)
+
+
 @contextmanager
 def block_options(model, cfg):
-    "While inside, blocks are compiled or recomputed as `cfg` says"
-    cuts,model.shortcuts = model.shortcuts,replace(model.shortcuts, recompute=cfg.recompute)
+    "While inside, blocks are compiled or recomputed and attention is computed as `cfg` says"
+    cuts,model.shortcuts = model.shortcuts,_cuts(model, cfg)
     if cfg.compile: compile_blocks(model)
     try: yield
     finally:

@@ -10,13 +10,13 @@ import torch
 import transformers
 from torch.testing import assert_close
 
-from sft_nb import gguf_file as GF
+from sft_nb import decoder, gguf_file as GF
 from sft_nb import model as M
 from sft_nb.collate import collate_examples, collate_prompts
 from sft_nb.data import InputError
 from sft_nb.dataset import Example
 from sft_nb.families import READERS
-from sft_nb.decoder import Decoder, KVCache, ModelConfig, Shortcuts, batch_loss, compare_with_naive, gradients_of
+from sft_nb.decoder import Decoder, KVCache, ModelConfig, Shortcuts, batch_loss, compare_with_naive, gradients_of, naive_loss
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -197,6 +197,42 @@ def test_shortcuts(kind, shape):
             model.shortcuts = cuts
             diff = compare_with_naive(model, batch)
             assert diff['loss']<1e-5 and diff['gradient']<1e-5, (cuts, diff)
+
+
+@pytest.mark.parametrize('shape', BATCHES)
+@pytest.mark.parametrize('kind', TOYS)
+def test_flex_attention(kind, shape, monkeypatch):
+    "Torch refuses FlexAttention's derivative on a CPU for want of a fast kernel; the plain one behind the refusal must give the naive gradients"
+    from torch.nn.attention import flex_attention
+    torch.manual_seed(len(shape))
+    model, batch = Decoder(TOYS[kind]), collate_examples(examples(*BATCHES[shape], random.Random(shape), 'mixed'))
+    model.shortcuts = Shortcuts(attention='flex')
+    with pytest.raises(InputError, match="'flex' has no derivative on a CPU"): compare_with_naive(model, batch)
+    monkeypatch.setattr(flex_attention, '_validate_device', lambda *_: None)
+    monkeypatch.setattr(decoder, '_trains_flex', lambda device: True)
+    for recompute in (False, True):
+        model.shortcuts.recompute = recompute
+        if recompute and model.cfg.score_cap:
+            with pytest.raises(InputError, match='wrong gradients'): compare_with_naive(model, batch)
+            continue
+        diff = compare_with_naive(model, batch)
+        assert diff['loss']<1e-5 and diff['gradient']<1e-5, diff
+
+
+@pytest.mark.slow
+def test_compiled_flex_attention(monkeypatch):
+    "The compiled kernel looks at the listed blocks only, so a block that is missing there would show"
+    from torch.nn.attention.flex_attention import flex_attention
+    compiled = torch.compile(flex_attention, dynamic=False)
+    monkeypatch.setattr(decoder, '_flex', lambda _: compiled)
+    torch.manual_seed(2)
+    for kind in ('window', 'llama'):
+        model = Decoder(TOYS[kind])
+        for lengths,n_same in (([300, 5, 180, 1], 140), ([30, 400], 0), ([90, 90, 90, 90], 0)):
+            batch = collate_examples(examples(lengths, n_same, random.Random(n_same)))
+            with torch.no_grad():
+                model.shortcuts = Shortcuts(attention='flex')
+                assert_close(batch_loss(model, batch)[0], naive_loss(model, batch))
 
 
 def test_batch_without_targets():
