@@ -24,7 +24,7 @@ from .rows import (Example, KINDS, LEARNED, LOSS_ON, MUTE, OVER_LONG, READ, SPEA
 from .templates import format_input, get_template
 from .tokenizer import Tokenizer, as_tokenizer, get_gpt2_tokenizer, tokenizer_from_file
 
-# %% ../nbs/02_dataset.ipynb #ef391cb5
+# %% ../nbs/02_dataset.ipynb #996769c0
 @dataclass
 class Receipt:
     "What came in and what became of it, in rows and in tokens"
@@ -36,6 +36,7 @@ class Receipt:
     tokens:int = 0 # Their ids
     dropped:dict = field(default_factory=dict) # Reason -> rows, tokens, stops, and where the first of them are
     cut:dict = field(default_factory=lambda: _lost()) # The same for rows that were shortened: what they lost
+    after:dict = field(default_factory=lambda: dict(rows=0, turns=0, where=[])) # Turns after a last answer, which no row holds
     kinds:dict = field(default_factory=lambda: {s: dict.fromkeys(KINDS, 0) for s in SPEAKERS}) # Of the rows' ids
     lengths:dict = field(default_factory=dict) # Power of two -> rows of at most that length
 
@@ -49,6 +50,10 @@ class Receipt:
         self.rows_in += 1
         self.tokens_in += len(row)
         self.stops_in += row.n_stops
+        if row.n_after:
+            self.after['rows'] += 1
+            self.after['turns'] += row.n_after
+            if len(self.after['where'])<10: self.after['where'].append(row.where)
         if not reason: return
         book = self.cut if reason=='cut' else self.dropped.setdefault(reason, _lost())
         book['rows'] += 1
@@ -95,7 +100,7 @@ def check_balance(
             ('rows by length', r.rows, sum(r.lengths.values()))]:
         if got!=found: raise ValueError(f"receipt: {what} do not balance, {got} in, {found} accounted for; report it")
 
-# %% ../nbs/02_dataset.ipynb #37daf862
+# %% ../nbs/02_dataset.ipynb #e409b26c
 def receipt_text(
     r:Receipt, # Any receipt
 )->str: # About 15 lines
@@ -106,6 +111,8 @@ def receipt_text(
         more = ', ...' if b['rows']>3 else ''
         lines.append(f"  {'' if reason=='cut' else 'dropped, '}{reason}: {b['rows']:,} rows, {b['tokens']:,} tokens "
                      f"and {b['stops']:,} stop tokens lost: {', '.join(b['where'][:3])}{more}")
+    if r.after['rows']: lines.append(f"  {r.after['turns']:,} turns after the last answer are in no row: {', '.join(r.after['where'][:3])}"
+                                     f"{', ...' if r.after['rows']>3 else ''}")
     lines.append(f"{r.targets:,} of {r.tokens:,} tokens are learned ({r.targets/max(r.tokens, 1):.1%})")
     for s,n in r.kinds.items():
         total = sum(n.values())
@@ -234,8 +241,8 @@ def refuse_rows(
     if not receipt.rows:
         raise InputError(f"no row is left of {receipt.rows_in}, dropped: {list(receipt.dropped)}; choose other limits")
 
-# %% ../nbs/02_dataset.ipynb #9b63250f
-CACHE_VERSION = 2 # raise it when the same records would give other buffers
+# %% ../nbs/02_dataset.ipynb #64c44873
+CACHE_VERSION = 3 # raise it when the same records would give other buffers
 
 def cache_name(
     records, # Iterable of `Record`s

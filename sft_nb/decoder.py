@@ -523,7 +523,7 @@ def attend_rows(
     by_query = q.view(len(q), c.n_heads, T, -1)
     return F.scaled_dot_product_attention(by_query, k, v, is_causal=True, scale=c.scale, enable_gqa=True).view(q.shape)
 
-# %% ../nbs/03a_decoder.ipynb #5f6570b8
+# %% ../nbs/03a_decoder.ipynb #3fcd39dc
 def flat_mask(
     batch, # Flat `Batch`, or what has its `pos_N`, `starts_B1` and `n_prefix`
     window:int=None, # How many positions a query sees, its own included; None: all
@@ -548,18 +548,15 @@ def flat_mask(
 
 
 class FlatLayout:
-    "`flat_mask`s of one batch, for all layers"
+    "The `flat_mask` of each window, worked out once a batch for all layers"
     def __init__(self,
         batch, # As for `flat_mask`
+        windows:set, # Of all layers
     ):
-        self.batch,self.masks = batch,{}
         self.rope_length = batch.n_prefix + int(batch.starts_B1.diff().max())
-
-    def mask_of(self, window):
-        "The mask of layers with this window"
-        if window is not None and window>=self.rope_length: window = None
-        if window not in self.masks: self.masks[window] = flat_mask(self.batch, window)
-        return self.masks[window]
+        cuts = {w: w if w is not None and w<self.rope_length else None for w in windows}
+        masks = {w: flat_mask(batch, w) for w in set(cuts.values())}
+        self.masks = {w: masks[cut] for w,cut in cuts.items()}
 
 
 def flat_step(
@@ -717,7 +714,7 @@ class _SwiGLU(ByHand):
         torch.ops.aten.silu_backward.grad_input(g*up, gate, grad_input=dgate)
         return dx
 
-# %% ../nbs/03a_decoder.ipynb #d1b52028
+# %% ../nbs/03a_decoder.ipynb #2b3e2f5a
 class Block(nn.Module):
     "Attention and MLP, each on a normed copy of the residual stream and added back to it"
     def __init__(self,
@@ -748,7 +745,7 @@ class Block(nn.Module):
     def attention(self, x, lay, cuts, at_M=None):
         "What each position (or each of `at_M`) finds in its row: (N or M, H*d)"
         if isinstance(lay, FlatLayout):
-            found = attend_flat(x, self.cfg, lay.mask_of(self.window))
+            found = attend_flat(x, self.cfg, lay.masks[self.window])
             return found if at_M is None else found.index_select(0, at_M)
         if lay.single: return self.look_back(*single_heads(x, self.cfg), lay, cuts).reshape(len(x), -1)
         heads,masks,n = _TakeHeads.of(x, lay, by_hand=cuts.by_hand),lay.masks_of(self.window, x.dtype),len(lay.groups)
@@ -854,7 +851,7 @@ class _Filled:
         self.starts_B1 = torch.cat([starts, torch.tensor([*range(n, n + more, longest)[1:], n + more]).to(starts)])
         self.n_prefix = batch.n_prefix
 
-# %% ../nbs/03a_decoder.ipynb #4c67d40b
+# %% ../nbs/03a_decoder.ipynb #91b75242
 class Decoder(nn.Module):
     "Embedding, blocks, norm and head"
     def __init__(self,
@@ -887,7 +884,7 @@ class Decoder(nn.Module):
         "Hidden states behind the last norm"
         c,flat = self.cfg,past is None and self.shortcuts.attention=='flex'
         if torch.is_grad_enabled(): check_trains(self.shortcuts, c, batch.pos_N.device)
-        lay = FlatLayout(batch) if flat else Layout(c, batch, past, self.shortcuts.min_saving)
+        lay = FlatLayout(batch, {b.window for b in self.blocks}) if flat else Layout(c, batch, past, self.shortcuts.min_saving)
         own = table is None
         h = in_float32(F.embedding(batch.ids_N, self.embed.weight if own else table, sparse=not own))
         if c.embed_scale!=1: h = h*c.embed_scale

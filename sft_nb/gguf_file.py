@@ -181,14 +181,14 @@ def swallows_space(
     phi3 = get('general.architecture')=='phi3' and get('tokenizer.ggml.model')=='llama'
     return phi3 and token not in ('<unk>', '<s>', '<|endoftext|>')
 
-# %% ../nbs/03c_gguf.ipynb #a52c2d15
+# %% ../nbs/03c_gguf.ipynb #f9143cb2
 def gguf_tokenizer(
     get, # Function from a key to its value or None
     name:str, # For receipts and errors
 ): # A `Tokenizer`
     "The tokenizer of a GGUF file, raising `InputError` for kinds that cannot be rebuilt exactly"
     from tokenizers import AddedToken
-    from sft_nb.tokenizer import JsonTokenizer
+    from sft_nb.tokenizer import JsonTokenizer, set_start
     own = lambda key: get(f'tokenizer.ggml.{key}')
     kind,tokens,types = own('model'),own('tokens'),own('token_type')
     if kind not in ('gpt2', 'llama') or not tokens:
@@ -200,6 +200,9 @@ def gguf_tokenizer(
     tok.add_tokens(of_type(4)) # tokens that content may use
     text = lambda key: None if (i:=own(f'{key}_token_id')) is None else tokens[i]
     named = {f'{k}_token': text(g) for k,g in dict(bos='bos', unk='unknown').items() if text(g) is not None}
+    begins = own('add_bos_token')
+    if begins is None: begins = kind=='llama' or own('pre')=='llama-bpe' # what llama.cpp takes for granted
+    if begins and 'bos_token' in named: set_start(tok, named['bos_token'])
     return JsonTokenizer(tok, name, text('eos'), text('padding'), config=named)
 
 # %% ../nbs/03c_gguf.ipynb #90cceafe

@@ -251,7 +251,7 @@ def load_own_template(
     try: return load_template(folder)
     except FileNotFoundError: return None
 
-# %% ../nbs/04_model.ipynb #480d094f
+# %% ../nbs/04_model.ipynb #4e44979d
 def save_model(
     folder, # Folder to write; must be new or empty
     model:nn.Module, # A `Decoder`
@@ -275,7 +275,7 @@ def save_model(
         hashes = write_weights(temporary, model, shard_bytes)
         if tokenizer is not None: tokenizer.save(temporary)
         if pieces:=getattr(tokenizer, 'pieces', None): save_pieces(temporary, pieces)
-        if template is not None: save_own_template(temporary, template)
+        if template is not None: save_own_template(temporary, template, getattr(tokenizer, 'start', ''))
         about = about_model(model, tokenizer, template) | (meta or {}) | dict(weights=hashes)
         save_json(temporary/'sft_nb.json', about, indent=2)
         temporary.chmod(0o755)
@@ -284,10 +284,10 @@ def save_model(
     finally: shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
-# %% ../nbs/04_model.ipynb #ea16556c
-def save_own_template(folder, template):
+# %% ../nbs/04_model.ipynb #4a9cbd71
+def save_own_template(folder, template, start):
     from sft_nb.templates import save_template
-    save_template(folder, template)
+    save_template(folder, template, start)
 
 
 def save_pieces(

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['LOSS_ON', 'KINDS', 'READ', 'LEARNED', 'STOP', 'MUTE', 'SPEAKERS', 'OVER_LONG', 'STYLES', 'Example', 'stop_ids',
            'printed_markers', 'missing_tokens', 'segment_tokenizers', 'encode_segments', 'stops_before',
-           'segment_kinds', 'check_choice', 'Row', 'encode_rows', 'Flat', 'flatten_rows', 'learn_weights',
+           'segment_kinds', 'check_choice', 'Row', 'with_start', 'encode_rows', 'Flat', 'flatten_rows', 'learn_weights',
            'encode_record', 'encode_prompt', 'check_loss', 'cut_answer', 'cut_prompt', 'fit_row', 'visible',
            'token_texts', 'TokenView', 'view_record']
 
-# %% ../nbs/01b_rows.ipynb #51e704b5
+# %% ../nbs/01b_rows.ipynb #cc3a63a2
 import html, os, re
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .data import InputError, Record, as_records, near_misses, shorten
-from .templates import get_template, render_prompt, render_record
+from .templates import Segment, get_template, render_prompt, render_record
 from .tokenizer import Tokenizer
 
 # %% ../nbs/01b_rows.ipynb #ebb6b2e2
@@ -135,7 +135,7 @@ def check_choice(
     "Raise `InputError` with the near misses if `value` is not `allowed`"
     if value not in allowed: raise InputError(f"{name}: unknown value {shorten(value)}; {near_misses(value, allowed)}")
 
-# %% ../nbs/01b_rows.ipynb #40bc8bef
+# %% ../nbs/01b_rows.ipynb #368b3888
 @dataclass(frozen=True)
 class Row:
     "One record as ids, still segment by segment"
@@ -144,6 +144,7 @@ class Row:
     kinds:tuple # For each segment READ, LEARNED, STOP or MUTE
     where:str='record' # Address for messages
     has_input:bool=False # Is there an input, which stands after its instruction?
+    n_after:int=0 # Messages after the last answer, which are in no segment
 
     def __len__(self): return sum(map(len, self.ids))
 
@@ -158,7 +159,16 @@ class Row:
         counts = [(len(ids), k in (LEARNED, STOP)) for ids,k in zip(self.ids, self.kinds) if ids]
         return sum(n for n,learned in counts if learned) - (counts[0][1] if counts else 0)
 
-# %% ../nbs/01b_rows.ipynb #807165f1
+# %% ../nbs/01b_rows.ipynb #a3d230c2
+def with_start(
+    rendered, # A `Rendered`
+    tokenizer:Tokenizer, # May put a token in front of every text
+): # A `Rendered`
+    "The text with the tokenizer's start token in front, where no chat template has decided about it"
+    if not (rendered.bare and tokenizer.start): return rendered
+    return replace(rendered, segments=(Segment(tokenizer.start), *rendered.segments))
+
+# %% ../nbs/01b_rows.ipynb #98f942b7
 def encode_rows(
     records, # `Record`s
     template, # How they are written
@@ -167,9 +177,10 @@ def encode_rows(
 )->list: # A `Row` for each
     "Render and encode `records` together"
     records = list(records)
-    rendered = [render_record(r, template) for r in records]
+    rendered = [with_start(render_record(r, template), tokenizer) for r in records]
     flags = [{i: m.learn for i,m in enumerate(r.messages) if m.learn is not None} for r in records]
-    return [Row(s.segments, tuple(ids), tuple(segment_kinds(s.segments, f, loss_on)), r.where, bool(r.input))
+    n_after = lambda r: [m.role for m in reversed(r.messages)].index('assistant')
+    return [Row(s.segments, tuple(ids), tuple(segment_kinds(s.segments, f, loss_on)), r.where, bool(r.input), n_after(r))
             for r,s,f,ids in zip(records, rendered, flags, encode_segments(rendered, tokenizer))]
 
 # %% ../nbs/01b_rows.ipynb #7336cd01
@@ -217,14 +228,15 @@ def encode_record(
     flat = flatten_rows(encode_rows([record], template, tokenizer, loss_on))
     return Example(flat.ids, learn_weights(flat.kinds, prompt_weight), record.where)
 
-# %% ../nbs/01b_rows.ipynb #1c9e7c31
+# %% ../nbs/01b_rows.ipynb #cd15d84f
 def encode_prompt(
     record:Record, # What to answer
     template, # How it is written: a template or its name
     tokenizer:Tokenizer, # Turns text into ids
 )->list: # Ids, as they stand before the answer in training
     "The ids a model reads before it answers `record`"
-    return list(chain.from_iterable(encode_segments([render_prompt(record, template)], tokenizer)[0]))
+    rendered = with_start(render_prompt(record, template), tokenizer)
+    return list(chain.from_iterable(encode_segments([rendered], tokenizer)[0]))
 
 # %% ../nbs/01b_rows.ipynb #a24922ca
 def check_loss(

@@ -45,12 +45,13 @@ class Segment:
     turn:int=-1 # Index of the message it comes from; -1: the frame
     stop:bool=False # Does it end an answer?
 
-# %% ../nbs/01_templates.ipynb #e98d8974
+# %% ../nbs/01_templates.ipynb #8b1be0e6
 @dataclass(frozen=True, slots=True)
 class Rendered:
     "A record laid out by a template"
     segments:tuple # The pieces in order
     where:str='record' # Address of the record, for error messages
+    bare:bool=False # By a text template, which leaves the tokens at both ends to the tokenizer?
 
     @property
     def text(self)->str:
@@ -380,16 +381,17 @@ def template_names()->list: # Names in alphabetical order
     "The names that `get_template` knows"
     return sorted(TEMPLATES)
 
-# %% ../nbs/01_templates.ipynb #bc364014
+# %% ../nbs/01_templates.ipynb #6f1f5d5d
 def render_prompt(
     record, # A `Record`; if its last message is the assistant's, that one is left out
     template, # A template or its name
 )->Rendered: # The text that makes the model answer
     "What the model is asked with"
     messages = record.messages[:-1] if record.messages[-1].role=='assistant' else record.messages
-    return Rendered(tuple(get_template(template).prompt(messages, record)), record.where)
+    template = get_template(template)
+    return Rendered(tuple(template.prompt(messages, record)), record.where, isinstance(template, TextTemplate))
 
-# %% ../nbs/01_templates.ipynb #392073fd
+# %% ../nbs/01_templates.ipynb #806f0157
 def render_record(
     record, # A `Record` with an answer; turns after the last answer are in no segment
     template, # A template or its name
@@ -400,32 +402,35 @@ def render_record(
     if not messages: raise InputError(f"{record.where}: has no answer to learn; add one or use render_prompt")
     prompt = template.prompt(messages[:-1], record)
     answer = template.answer(messages, ''.join(s.text for s in prompt), record)
-    return Rendered(tuple(prompt + answer), record.where)
+    return Rendered(tuple(prompt + answer), record.where, isinstance(template, TextTemplate))
 
-# %% ../nbs/01_templates.ipynb #6499b6b2
+# %% ../nbs/01_templates.ipynb #54775273
 def as_jinja(
     template, # A `TextTemplate`
+    start:str='', # What the model's tokenizer puts in front of a text, such as '<s>'
 )->str: # The source of a chat template
     "The Jinja program for one user message (its 'input' may stand beside 'content') and perhaps an answer"
     def printed(words):
         data = {'{instruction}': 'messages[0].content', '{input}': 'messages[0].input'}
         return ' ~ '.join(data.get(p) or json.dumps(p, ensure_ascii=False) for p in _places.split(words) if p)
+    lead = f'{json.dumps(start)} ~ ' if start else ''
     return f"""{{% if messages[0].role != 'user' or messages|length > 2 %}}
 {{{{ raise_exception('this template holds one instruction and one answer') }}}}
 {{%- endif %}}
-{{{{ {printed(template.with_input)} if messages[0].input else {printed(template.without_input)} }}}}
+{{{{ {lead}({printed(template.with_input)} if messages[0].input else {printed(template.without_input)}) }}}}
 {{%- if messages|length == 2 %}}
 {{{{ messages[1].content ~ eos_token }}}}
 {{%- endif %}}"""
 
-# %% ../nbs/01_templates.ipynb #ae0cb557
+# %% ../nbs/01_templates.ipynb #d55425b0
 def save_template(
     folder, # A model folder
     template, # A template or its name
+    start:str='', # As for `as_jinja`
 ):
     "Write chat_template.jinja for every program, and sft_template.json for what Jinja cannot say"
     template, folder = get_template(template), Path(folder)
-    source = as_jinja(template) if isinstance(template, TextTemplate) else template.jinja
+    source = as_jinja(template, start) if isinstance(template, TextTemplate) else template.jinja
     described = {f.name: getattr(template, f.name) for f in fields(template) if f.name!='jinja'}
     write_atomic(folder/'chat_template.jinja', source)
     save_json(folder/'sft_template.json', described | {'fingerprint': template.fingerprint})

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['GPT2_FILES', 'GPT2_SHA256', 'END_OF_TEXT', 'END_TOKENS', 'read_gpt2_file', 'byte_alphabet', 'gpt2_settings',
            'use_offline_gpt2', 'Tokenizer', 'whole_text', 'on_all_cores', 'TiktokenTokenizer', 'fingerprint_of',
-           'get_gpt2_tokenizer', 'content_encoder', 'unknown_id', 'JsonTokenizer', 'find_end', 'bpe_tokenizer',
-           'gpt2_as_json', 'without_first_space', 'tokenizer_from_file', 'named_tokens', 'as_tokenizer']
+           'get_gpt2_tokenizer', 'start_of', 'set_start', 'content_encoder', 'unknown_id', 'JsonTokenizer', 'find_end',
+           'bpe_tokenizer', 'gpt2_as_json', 'without_first_space', 'tokenizer_from_file', 'named_tokens',
+           'as_tokenizer']
 
 # %% ../nbs/01a_tokenizer.ipynb #56e0d54a
 import hashlib, json, os
@@ -67,9 +68,11 @@ def use_offline_gpt2():
 
 use_offline_gpt2()
 
-# %% ../nbs/01a_tokenizer.ipynb #2da18301
+# %% ../nbs/01a_tokenizer.ipynb #01b959b4
 class Tokenizer:
     "Text to ids and back: `encode` for content, `encode_control` for template text"
+    start = '' # What it puts in front of a text of its own accord, such as '<s>'
+
     def __init__(
         self,
         name:str, # For receipts and messages
@@ -183,6 +186,24 @@ def get_gpt2_tokenizer(
     "GPT-2's tokenizer, from the files in the package"
     return TiktokenTokenizer(tiktoken.get_encoding('gpt2'))
 
+# %% ../nbs/01a_tokenizer.ipynb #ef5aadb1
+def start_of(
+    tok:tokenizers.Tokenizer, # Any tokenizer
+)->str: # Text of one control token, or ''; of several, if it puts several
+    "What `tok` puts in front of a text"
+    found = tok.encode('a')
+    return ''.join(found.tokens[:found.special_tokens_mask.index(0) if 0 in found.special_tokens_mask else 0])
+
+# %% ../nbs/01a_tokenizer.ipynb #eef70950
+def set_start(
+    tok:tokenizers.Tokenizer, # Changed in place
+    start:str, # Text of a control token that `tok` has, or ''
+):
+    "Let `tok` put `start` in front of a text, and nothing else"
+    if start_of(tok)==start: return
+    front,ids = [start]*bool(start),[(start, tok.token_to_id(start))]*bool(start)
+    tok.post_processor = tokenizers.processors.TemplateProcessing(single=[*front, '$A'], pair=[*front, '$A', *front, '$B:1'], special_tokens=ids)
+
 # %% ../nbs/01a_tokenizer.ipynb #6e559b07
 def content_encoder(
     settings:dict, # Of any tokenizer, as its JSON has them
@@ -201,7 +222,7 @@ def unknown_id(
     "The id that stands for an unknown character: a control token that content may give without being a forgery"
     return model['vocab'].get(model.get('unk_token')) if isinstance(model['vocab'], dict) else model.get('unk_id')
 
-# %% ../nbs/01a_tokenizer.ipynb #73abd83f
+# %% ../nbs/01a_tokenizer.ipynb #bcc85b88
 class JsonTokenizer(Tokenizer):
     "A `tokenizers.Tokenizer` (a `tokenizer.json`) behind the common face"
     def __init__(
@@ -224,6 +245,7 @@ class JsonTokenizer(Tokenizer):
         self.content = content_encoder(settings, control)
         super().__init__(name, tok.get_vocab_size(with_added_tokens=True), control, tok.token_to_id(self.eos),
                          None if pad is None else tok.token_to_id(pad))
+        self.start = start_of(self.tok)
         self.forbidden = self.control_ids - ({unknown_id(settings['model'])} - {self.eos_id})
 
     def remade(self, tok)->'JsonTokenizer':

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tiktoken
 import tokenizers
+import transformers
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 import sft_nb.dataset as ds
@@ -13,9 +14,9 @@ from sft_nb.data import InputError, Message, Record, as_records, default_data_fi
 import sft_nb.rows as rows
 from sft_nb.dataset import InstructionDataset, Plan, encode_all, encode_prompt, encode_record, wrong_rows
 from sft_nb.rows import LEARNED, STOP, encode_rows, fit_row, missing_tokens
-from sft_nb.templates import get_template, render_record, template_names
+from sft_nb.templates import get_template, render_prompt, render_record, save_template, template_names
 from sft_nb.tokenizer import (GPT2_FILES, JsonTokenizer, as_tokenizer, bpe_tokenizer, get_gpt2_tokenizer, gpt2_as_json,
-                              tokenizer_from_file)
+                              set_start, tokenizer_from_file)
 
 ROOT = Path(__file__).parent.parent
 quick = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
@@ -336,6 +337,35 @@ def test_sentencepiece_pieces_equal_the_joint_text(kind):
     assert tok.decode(ids[:-1])==tok.decode(joint)
     data = InstructionDataset([record], tok, 'plain')
     assert wrong_rows(data)==[]
+
+
+@pytest.mark.parametrize('said', [{}, dict(add_bos_token=True), dict(add_bos_token=False)])
+@pytest.mark.parametrize('start', ['<s>', ''])
+def test_plain_words_begin_as_in_transformers(start, said, tmp_path):
+    "Text templates leave the start token to the tokenizer, in rows and prompts; chat templates print their own or none"
+    plain = bpe_tokenizer(GPT2_FILES/'encoder.json', GPT2_FILES/'vocab.bpe')
+    plain.add_special_tokens(['<s>', '<|im_start|>', '<|im_end|>'])
+    set_start(plain, start)
+    plain.save(str(tmp_path/'tokenizer.json'))
+    config = dict(tokenizer_class='PreTrainedTokenizerFast', bos_token='<s>', eos_token='<|endoftext|>')
+    (tmp_path/'tokenizer_config.json').write_text(json.dumps(config | said))
+    tok, theirs = as_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert tok.start==start
+    for record in RECORDS[:20]:
+        ids, prompt = encode_record(record, 'alpaca', tok).ids.tolist(), encode_prompt(record, 'alpaca', tok)
+        assert prompt==theirs(render_prompt(record, 'alpaca').text).input_ids==ids[:len(prompt)]
+        assert encode_record(record, 'chatml', tok).ids[0]==tok.token_id('<|im_start|>')
+        every = encode_record(record, 'alpaca', tok, 'all').learn
+        assert every[0]==0 and every[1:].all()
+        row = encode_rows([record], 'plain', tok)[0]
+        cut, _ = fit_row(row, len(row)-2, 'cut_prompt')
+        assert not start or cut.ids[0]==[tok.token_id('<s>')]
+    tok.save(tmp_path/'again')
+    assert as_tokenizer(tmp_path/'again').start==start and transformers.AutoTokenizer.from_pretrained(tmp_path/'again')('Hi').input_ids==theirs('Hi').input_ids
+    save_template(tmp_path/'again', 'alpaca', tok.start)
+    asked = [dict(role='user', content=RECORDS[0].instruction, input=RECORDS[0].input)]
+    served = transformers.AutoTokenizer.from_pretrained(tmp_path/'again').apply_chat_template(asked, return_dict=False)
+    assert served==encode_prompt(RECORDS[0], 'alpaca', tok)
 
 
 # ---------------------------------------------------------------- over-long rows and the receipt

@@ -652,7 +652,7 @@ def test_gguf_phi3_long(tmp_path):
 
 
 def test_gguf_template_in_transformers(tmp_path):
-    "A template that prints bos_token prints it in the saved folder too, and nothing else adds it"
+    "A template that prints bos_token prints it in the saved folder too, once; a plain text begins with it as the file says"
     from sft_nb.data import as_records
     from sft_nb.templates import render_prompt
     jinja = "{{ bos_token }}{% for m in messages %}{{ m.role ~ ' ' ~ m.content ~ eos_token }}{% endfor %}"
@@ -666,7 +666,8 @@ def test_gguf_template_in_transformers(tmp_path):
     ours = got.tokenizer.encode_control(render_prompt(record, got.template).text)
     assert ours[0]==V-2 and ours.count(V-2)==1
     assert theirs.apply_chat_template([dict(role='user', content='Hi')], add_generation_prompt=True, return_dict=False)==ours
-    assert theirs.encode('Hi')==got.tokenizer.encode('Hi')
+    assert theirs.encode('Hi')==[V-2, *got.tokenizer.encode('Hi')] # the file's add_bos_token
+    assert got.tokenizer.start==M.load_model(tmp_path/'out').tokenizer.start=='<s>'
     assert M.load_model(tmp_path/'out').template.fingerprint==got.template.fingerprint
 
 
@@ -687,6 +688,8 @@ def test_phi3_control_tokens_swallow_space():
         text = ''.join(rng.choices(parts, k=rng.randrange(7)))
         assert ours.encode_control(text)==oracle.encode(text, add_special_tokens=False).ids, text
     assert [tokens[i] for i in ours.encode_control('<|user|>\nHi<|end|>\n<|assistant|>\n')]==['<|user|>', '▁Hi', '<|end|>', '<|assistant|>']
+    for said,start in ((None, '<s>'), (True, '<s>'), (False, '')):
+        assert GF.gguf_tokenizer((get | {'tokenizer.ggml.add_bos_token': said}).get, 'x').start==start
 
 
 def test_gguf_refusals(tmp_path):
