@@ -851,7 +851,7 @@ class _Filled:
         self.starts_B1 = torch.cat([starts, torch.tensor([*range(n, n + more, longest)[1:], n + more]).to(starts)])
         self.n_prefix = batch.n_prefix
 
-# %% ../nbs/03a_decoder.ipynb #91b75242
+# %% ../nbs/03a_decoder.ipynb #d3b98e35
 class Decoder(nn.Module):
     "Embedding, blocks, norm and head"
     def __init__(self,
@@ -883,7 +883,7 @@ class Decoder(nn.Module):
     )->Tensor: # (N or M, D) in the precision of the weights
         "Hidden states behind the last norm"
         c,flat = self.cfg,past is None and self.shortcuts.attention=='flex'
-        if torch.is_grad_enabled(): check_trains(self.shortcuts, c, batch.pos_N.device)
+        if flat and torch.is_grad_enabled(): check_trains(self.shortcuts, c, batch.pos_N.device)
         lay = FlatLayout(batch, {b.window for b in self.blocks}) if flat else Layout(c, batch, past, self.shortcuts.min_saving)
         own = table is None
         h = in_float32(F.embedding(batch.ids_N, self.embed.weight if own else table, sparse=not own))

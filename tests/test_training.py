@@ -169,7 +169,7 @@ def test_killed_and_resumed_is_never_stopped(tmp_path, dtype, prepare):
 @pytest.mark.slow
 def test_fifty_kills(tmp_path):
     "Long enough a run that fifty processes can die in it; some die while they write"
-    cfg = replace(CFG, epochs=40)
+    cfg = replace(CFG, epochs=80)
     *got, kills, torn = kill_often(tmp_path/'run', 50, 2, cfg)
     print(f'{kills} kills, {torn} of them while a checkpoint was being written')
     assert tuple(got) == unbroken(cfg)
