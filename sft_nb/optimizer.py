@@ -85,7 +85,7 @@ def forget(
 
 FlatAdamW.gather,FlatAdamW.forget = gather,forget
 
-# %% ../nbs/04c_optimizer.ipynb #99a685f5
+# %% ../nbs/04c_optimizer.ipynb #5a929769
 def _chunks(start, stop): return [(i, min(i+CHUNK, stop)) for i in range(start, stop, CHUNK)]
 
 def _grad(self, i, j):
@@ -100,11 +100,9 @@ def grad_norm(
     "Root of the sum of squares over all trained weights"
     if self.banked: self.bank()
     else: self.gather()
-    total = torch.zeros((), dtype=torch.float64, device=self.master_N.device)
-    for i,j in _chunks(0, self.n):
-        g = self._grad(i, j)
-        total += torch.dot(g, g)
-    return total.sqrt().item()
+    grads = (self._grad(i, j) for i,j in _chunks(0, self.n))
+    squares = torch.stack([torch.dot(g, g) for g in grads])
+    return math.sqrt(math.fsum(squares.tolist()))
 
 FlatAdamW._grad,FlatAdamW.grad_norm = _grad,grad_norm
 

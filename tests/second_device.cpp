@@ -1,5 +1,5 @@
 // A device called "second" that computes on the processor, but refuses operations on tensors of both: on machines without a GPU it finds
-// what would fail there for want of a `.to(device)`. An index may be on the processor, as with CUDA.
+// what would fail there for want of a `.to(device)`. An index may be on the processor, as with CUDA. It has no float64, as Apple's GPUs have none.
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/NativeFunctions.h>
@@ -43,11 +43,15 @@ using Type = std::optional<at::ScalarType>;
 Tensor here(const Tensor& t) {
   return t.is_cpu() ? t : at::from_blob(t.data_ptr(), t.sizes(), t.strides(), at::TensorOptions().dtype(t.dtype()));
 }
+c10::ScalarType known(Type type) {
+  TORCH_CHECK(type != at::kDouble, "this device has no float64");
+  return c10::dtype_or_default(type);
+}
 Tensor empty(Ints size, Type type, std::optional<at::Layout>, std::optional<at::Device>, std::optional<bool>, std::optional<at::MemoryFormat> format) {
-  return at::detail::empty_generic(size, &memory, keys, c10::dtype_or_default(type), format);
+  return at::detail::empty_generic(size, &memory, keys, known(type), format);
 }
 Tensor empty_strided(Ints size, Ints stride, Type type, std::optional<at::Layout>, std::optional<at::Device>, std::optional<bool>) {
-  return at::detail::empty_strided_generic(size, stride, &memory, keys, c10::dtype_or_default(type));
+  return at::detail::empty_strided_generic(size, stride, &memory, keys, known(type));
 }
 Tensor copy_from(const Tensor& from, const Tensor& to, bool) {
   c10::impl::ExcludeDispatchKeyGuard no_graph(c10::autograd_dispatch_keyset);
