@@ -18,8 +18,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from .data import InputError, Split
-from .dataset import Example, InstructionDataset
 from .tokenizer import as_tokenizer
+from .rows import Example
+from .dataset import InstructionDataset
 
 # %% ../nbs/03_collate.ipynb #77567f48
 def row_targets(

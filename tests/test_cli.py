@@ -34,8 +34,10 @@ def home(tmp_path_factory):
     "A folder with forty records and a tiny random model"
     import torch
 
-    from sft_nb.dataset import get_gpt2_tokenizer
-    from sft_nb.model import Decoder, config_from_hf, save_model
+    from sft_nb.tokenizer import get_gpt2_tokenizer
+    from sft_nb.decoder import Decoder
+    from sft_nb.families import config_from_hf
+    from sft_nb.loading import save_model
     path = tmp_path_factory.mktemp('home')
     torch.manual_seed(7)
     save_model(path/'tiny', Decoder(config_from_hf(TINY)), get_gpt2_tokenizer())
@@ -172,7 +174,7 @@ def test_other_ways_to_train(home):
 
 def test_adapters_learn_new_control_tokens(home):
     "Two tokens that begin alike must not stay alike: else no answer ever ends"
-    from sft_nb.model import load_model
+    from sft_nb.loading import load_model
     words = ['train', '--data', 'toy.json', '--model', 'tiny', '--template', 'chatml', '--lora', '2', '--lr', '1e-2', '--epochs', '2', *FAST[:2], '--no-preflight']
     done = sft_nb(*words, '--name', 'both', cwd=home)
     assert done.returncode == 0 and '2 control tokens added' in done.stdout, done.stderr

@@ -7,12 +7,14 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from torch.utils.data import DataLoader
 
-from sft_nb.collate import (EpochSampler, MIN_PREFIX, batch_order, collate_examples, collate_packs, collate_prompts,
-                            custom_collate_fn, epoch_order, make_loaders, pack_rows, packed_batches, padding_share, row_mask,
-                            to_varlen, windowed_batches)
 from sft_nb.data import InputError, default_data_file, load_records, split_records
-from sft_nb.dataset import Example, InstructionDataset
 from sft_nb.tokenizer import get_gpt2_tokenizer
+from sft_nb.rows import Example
+from sft_nb.dataset import InstructionDataset
+from sft_nb.collate import (
+    EpochSampler, MIN_PREFIX, batch_order, collate_examples, collate_packs, collate_prompts,
+    custom_collate_fn, epoch_order, make_loaders, pack_rows, packed_batches, padding_share, row_mask,
+    to_varlen, windowed_batches)
 
 quick = settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 SPLIT = split_records(load_records(default_data_file()))
@@ -249,7 +251,8 @@ def test_padded_packed_and_single_rows_have_the_same_losses(llama):
 
 @torch.no_grad()
 def test_flat_batches_have_the_same_loss_in_our_model(llama, tmp_path):
-    from sft_nb.model import batch_loss, load_model
+    from sft_nb.decoder import batch_loss
+    from sft_nb.loading import load_model
     llama.save_pretrained(tmp_path)
     model = load_model(tmp_path).model
     data = InstructionDataset(SPLIT.train[:12], get_gpt2_tokenizer(), 'scratchpad')

@@ -12,11 +12,12 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 import sft_nb.dataset as ds
 from sft_nb.data import InputError, Message, Record, as_records, default_data_file, load_records
 import sft_nb.rows as rows
-from sft_nb.dataset import InstructionDataset, Plan, encode_all, encode_prompt, encode_record, wrong_rows
-from sft_nb.rows import LEARNED, STOP, encode_rows, fit_row, missing_tokens
 from sft_nb.templates import get_template, render_prompt, render_record, save_template, template_names
-from sft_nb.tokenizer import (GPT2_FILES, JsonTokenizer, as_tokenizer, bpe_tokenizer, get_gpt2_tokenizer, gpt2_as_json,
-                              set_start, tokenizer_from_file)
+from sft_nb.tokenizer import (
+    GPT2_FILES, JsonTokenizer, as_tokenizer, bpe_tokenizer, get_gpt2_tokenizer, gpt2_as_json, set_start,
+    tokenizer_from_file)
+from sft_nb.rows import LEARNED, STOP, encode_prompt, encode_record, encode_rows, fit_row, missing_tokens
+from sft_nb.dataset import InstructionDataset, Plan, encode_all, wrong_rows
 
 ROOT = Path(__file__).parent.parent
 quick = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
@@ -654,7 +655,7 @@ def test_fifty_two_thousand_rows(template):
 @pytest.mark.slow
 def test_the_default_model_reads_what_transformers_reads():
     "SmolLM2's own tokenizer and template: ids of the joint text by transformers, masks by its generation marks"
-    from sft_nb.model import load_model
+    from sft_nb.loading import load_model
     from transformers import PreTrainedTokenizerFast
     cache = Path(os.environ.get('SFT_NB_CACHE') or Path.home()/'.cache'/'sft_nb')
     if not list(cache.glob('*.gguf')): pytest.skip('the default model is not in the cache')

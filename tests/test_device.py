@@ -39,10 +39,10 @@ def main(folder):
     import torch
     sys.path[:0] = [str(HERE), str(HERE.parent)]
     from test_training import CFG, DATA, tiny
-    from sft_nb.generation import generate
+    from sft_nb.loading import load_model, save_model
     from sft_nb.lora import LoraConfig, add_lora, merge_lora
-    from sft_nb.model import load_model, save_model
-    from sft_nb.training import train
+    from sft_nb.generation import generate
+    from sft_nb.run import train
     torch.set_num_threads(1)
     second = second_device(folder)
     quiet = dict(say=lambda *_: None)

@@ -16,10 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from sft_nb.comparison import Interval, _level, agree, auc, compare_scores, mean_interval, score_interval, weighted_kappa
 from sft_nb.data import InputError
-from sft_nb.evaluation import (METRICS, Scores, answer_file, exact_loose, load_embedder, load_meta, load_responses, number_agreement, numbers_in,
-                               novel_recall, response_rows, row_ids, save_responses, score_responses, words)
+from sft_nb.evaluation import (
+    METRICS, Scores, answer_file, exact_loose, load_embedder, load_meta, load_responses, novel_recall,
+    number_agreement, numbers_in, response_rows, row_ids, save_responses, score_responses, words)
+from sft_nb.comparison import (
+    Interval, _level, agree, auc, compare_scores, mean_interval, score_interval, weighted_kappa)
 from sft_nb.report import md_cell, md_table, report_data, report_html, visible, write_report
 
 ROOT = Path(__file__).resolve().parent.parent

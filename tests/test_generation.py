@@ -9,11 +9,14 @@ import torch
 
 from sft_nb import generation
 from sft_nb.data import load_records, split_records
-from sft_nb.dataset import encode_prompt, get_gpt2_tokenizer
-from sft_nb.decoder import Decoder, ModelConfig
-from sft_nb.generation import (Ready, Sampling, TextPieces, answer_text, choose_ids, generate, generate_naive, keep_min_p,
-                               keep_top_k, keep_top_p, penalise_seen, stream)
-from sft_nb.model import load_model
+from sft_nb.tokenizer import get_gpt2_tokenizer
+from sft_nb.rows import encode_prompt
+from sft_nb.model import ModelConfig
+from sft_nb.decoder import Decoder
+from sft_nb.loading import load_model
+from sft_nb.generation import (
+    Ready, Sampling, TextPieces, answer_text, choose_ids, generate, generate_naive, keep_min_p, keep_top_k,
+    keep_top_p, penalise_seen, stream)
 
 transformers = pytest.importorskip('transformers')
 torch.set_num_threads(1)
@@ -262,7 +265,7 @@ def default():
     "The default model, ours and in transformers, and the prompts of the test part"
     loaded = load_model()
     records = split_records(load_records(ROOT/'data/sft/train/instruction-data.json')).test
-    from sft_nb.model import save_model
+    from sft_nb.loading import save_model
     import tempfile
     with tempfile.TemporaryDirectory() as d:
         save_model(Path(d)/'m', loaded.model)

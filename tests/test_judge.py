@@ -17,9 +17,10 @@ from test_evaluation import kill_when_grown
 
 from sft_nb.data import InputError
 from sft_nb.evaluation import answer_file, load_responses, save_responses
-from sft_nb.judge import judge_file, judge_pair_files
 from sft_nb.server import Server, first_reply, respond_file, server_answers
-from sft_nb.verdicts import FINAL, JudgeStopped, get_protocol, judge_prompt, preflight, quote, read_cut_verdict, read_verdict
+from sft_nb.verdicts import (
+    FINAL, JudgeStopped, get_protocol, judge_prompt, preflight, quote, read_cut_verdict, read_verdict)
+from sft_nb.judge import judge_file, judge_pair_files
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = 'oak ash elm fir yew beech birch alder maple larch pine cedar palm fig plum pear apple cherry olive lime'.split()
@@ -389,7 +390,7 @@ def real_file(folder, n=10):
 @pytest.mark.slow
 def test_transformers_serve_judges_and_fails_the_exam(tmp_path):
     "The default model, saved by us and served by transformers: typed decisions and text; it must be found unfit"
-    from sft_nb.model import load_model, save_model
+    from sft_nb.loading import load_model, save_model
     loaded = load_model()
     save_model(tmp_path/'dense', loaded.model, loaded.tokenizer, loaded.template)
     del loaded
@@ -421,7 +422,7 @@ def test_llama_cpp_gives_logprobs_and_json(tmp_path):
     python = os.environ.get('SFT_NB_LLAMA_PYTHON', sys.executable)
     if not shutil.which(python) or subprocess.run([python, '-c', 'import llama_cpp.server'], capture_output=True).returncode:
         pytest.skip('llama-cpp-python[server] is not installed (5 minutes to build); set SFT_NB_LLAMA_PYTHON to a python that has it')
-    from sft_nb.model import load_model
+    from sft_nb.loading import load_model
     load_model()  # fetches the GGUF
     gguf = next((Path(os.environ.get('SFT_NB_CACHE') or Path.home()/'.cache/sft_nb')).rglob('*.gguf'))
     port, path = free_port(), real_file(tmp_path)

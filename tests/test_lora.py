@@ -5,15 +5,16 @@ import pytest
 import torch
 from torch import nn
 
-from sft_nb.collate import collate_examples
 from sft_nb.data import InputError, load_json, save_json
-from sft_nb.dataset import Example
+from sft_nb.rows import Example
+from sft_nb.collate import collate_examples
 from sft_nb.decoder import batch_loss
+from sft_nb.loading import load_model, save_model
+from sft_nb.lora import (
+    LoraConfig, Share, adapted, add_lora, find_targets, load_adapter, merge_lora, quantize_base, remove_lora,
+    save_adapter, trainable_share, unmoved_tokens)
 from sft_nb.generation import generate, generate_naive
-from sft_nb.lora import (LoraConfig, Share, adapted, add_lora, find_targets, load_adapter, merge_lora, quantize_base,
-                         remove_lora, save_adapter, trainable_share, unmoved_tokens)
-from sft_nb.model import load_model, save_model
-from sft_nb.training import Run, TrainConfig, World, describe_run, train
+from sft_nb.run import Run, TrainConfig, World, describe_run, train
 
 transformers, peft = pytest.importorskip('transformers'), pytest.importorskip('peft')
 torch.set_num_threads(1)
@@ -199,7 +200,8 @@ def test_trained_tokens_cross_to_peft(family, ours_first):
 
 def test_unknown_targets_name_the_near_misses():
     torch.manual_seed(3)
-    from sft_nb.decoder import Decoder, ModelConfig
+    from sft_nb.model import ModelConfig
+    from sft_nb.decoder import Decoder
     toy = Decoder(ModelConfig('llama', 31, 1, 16, 2, 2, 8, 24, 32))
     with pytest.raises(InputError, match='gate_proj'): find_targets(toy, 'gate_prj')
     assert str(Share(1, 8)) == '1 of 8 weights can be trained (12.50%)'

@@ -12,11 +12,13 @@ from torch.testing import assert_close
 
 from sft_nb import decoder, gguf_file as GF
 from sft_nb import model as M
-from sft_nb.collate import collate_examples, collate_prompts
 from sft_nb.data import InputError
-from sft_nb.dataset import Example
+from sft_nb.rows import Example
+from sft_nb.collate import collate_examples, collate_prompts
+from sft_nb.model import ModelConfig
+from sft_nb.attention import KVCache, Shortcuts
+from sft_nb.decoder import Decoder, batch_loss, compare_with_naive, gradients_of, naive_loss
 from sft_nb.families import READERS
-from sft_nb.decoder import Decoder, KVCache, ModelConfig, Shortcuts, batch_loss, compare_with_naive, gradients_of, naive_loss
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -318,8 +320,8 @@ def test_failed_save_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_what_is_saved_besides_weights(tmp_path):
-    from sft_nb.dataset import get_gpt2_tokenizer
     from sft_nb.templates import get_template
+    from sft_nb.tokenizer import get_gpt2_tokenizer
     tok = get_gpt2_tokenizer()
     model = Decoder(ModelConfig('gpt2', **TOY | dict(vocab_size=tok.n_vocab, n_kv_heads=4), norm='layer', positions='learned', act='gelu_tanh',
                                 gated_mlp=False, qkv_bias=True, o_bias=True, mlp_bias=True))
@@ -340,9 +342,9 @@ def test_what_is_saved_besides_weights(tmp_path):
 
 def test_generation_settings_travel(tmp_path):
     "Stop ids that only generation_config.json names end answers, and its other entries survive"
-    from sft_nb.dataset import get_gpt2_tokenizer
-    from sft_nb.rows import missing_tokens
     from sft_nb.templates import get_template
+    from sft_nb.tokenizer import get_gpt2_tokenizer
+    from sft_nb.rows import missing_tokens
     random_model('qwen2', 1).save_pretrained(tmp_path/'hf')
     own = dict(do_sample=True, top_k=20, temperature=0.7, eos_token_id=[5, 2], pad_token_id=0, _from_model_config=True)
     M.save_json(tmp_path/'hf'/'generation_config.json', own)

@@ -11,10 +11,10 @@ import tiktoken
 import torch
 from torch.utils.data import DataLoader
 
-from sft_nb.collate import custom_collate_fn, get_default_device, make_loaders
 from sft_nb.data import load_records, split_records
-from sft_nb.dataset import InstructionDataset
 from sft_nb.templates import format_input
+from sft_nb.dataset import InstructionDataset
+from sft_nb.collate import custom_collate_fn, get_default_device, make_loaders
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = json.loads((ROOT/'data/sft/train/instruction-data.json').read_text(encoding='utf-8'))

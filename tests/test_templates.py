@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerFast
 
 from sft_nb import templates
 from sft_nb.data import InputError, as_records, load_json, save_json
-from sft_nb.templates import (ChatTemplate, TextTemplate, as_jinja, format_input, get_template, load_template,
-                              render_prompt, render_record, save_template, template_names)
+from sft_nb.templates import (
+    ChatTemplate, TextTemplate, as_jinja, format_input, get_template, load_template, render_prompt,
+    render_record, save_template, template_names)
 
 ROOT = Path(__file__).resolve().parent.parent
 CHAT = [n for n in template_names() if isinstance(get_template(n), ChatTemplate)]

@@ -20,13 +20,15 @@ import torch.distributed as dist
 from sft_nb import checkpoints
 from sft_nb import preflight as preflight_module
 from sft_nb.data import InputError
-from sft_nb.dataset import Example
+from sft_nb.rows import Example
+from sft_nb.model import ModelConfig
+from sft_nb.decoder import Decoder
 from sft_nb.lora import LoraConfig, add_lora
-from sft_nb.model import Decoder, ModelConfig
 from sft_nb.optimizer import FlatAdamW
+from sft_nb.run import (
+    Run, StepLog, TrainConfig, ValLog, accumulate, live_plot, load_log, micro_batches, plot_losses,
+    processes, run_bytes, sample_answers, tensorboard, train, validate, weights_and_biases)
 from sft_nb.preflight import preflight, try_batch
-from sft_nb.training import (Run, StepLog, TrainConfig, ValLog, accumulate, live_plot, load_log, micro_batches, plot_losses, processes,
-    run_bytes, sample_answers, tensorboard, train, validate, weights_and_biases)
 
 FORK = multiprocessing.get_context('fork')
 LLAMA = dict(family='llama', vocab_size=31, n_layers=3, width=32, n_heads=4, n_kv_heads=2, head_dim=8, mlp_width=48, max_length=64, tied=True)

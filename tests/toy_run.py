@@ -13,7 +13,7 @@ import torch
 from test_training import CFG, DATA, tiny
 from sft_nb.data import InputError
 from sft_nb.sharding import whole_weights
-from sft_nb.training import processes, train
+from sft_nb.run import processes, train
 
 
 def main(folder, settings, resume='', die=''):

@@ -34,8 +34,8 @@ def prepare(work, model):
     "The model as a folder, and the prompts as ids"
     sys.path.insert(0, str(ROOT))
     from sft_nb.data import default_data_file, load_records, split_records
-    from sft_nb.dataset import encode_prompt
-    from sft_nb.model import load_model, save_model
+    from sft_nb.rows import encode_prompt
+    from sft_nb.loading import load_model, save_model
     loaded = load_model(model)
     folder = work/'smollm2' if model is None else Path(model)
     if not folder.exists(): save_model(folder, loaded.model, loaded.tokenizer, loaded.template)
@@ -45,8 +45,8 @@ def prepare(work, model):
 
 
 def run_ours(folder, dtype, _, max_new):
+    from sft_nb.loading import load_model
     from sft_nb.generation import generate
-    from sft_nb.model import load_model
     loaded = load_model(folder, dtype=dtype)
     return lambda prompts: [list(a.ids) for a in generate(loaded.model, loaded.tokenizer, prompts, max_new, stop_ids=STOPS)]
 

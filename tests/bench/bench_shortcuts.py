@@ -72,8 +72,8 @@ def child(a):
     sys.path.insert(0, str(ROOT))
     import sft_nb.decoder as D
     import sft_nb.training as T
-    from sft_nb.dataset import Example
-    from sft_nb.model import load_model
+    from sft_nb.rows import Example
+    from sft_nb.loading import load_model
     train = [Example(i, l, 'row') for i,l in read_rows(a.work)[0]]
     model = load_model(a.work/'smollm2').model
     run = T.Run(model, train, (), T.TrainConfig(lr=2e-5, batch_size=BATCH, warmup=0, dtype=a.child), None, (), print, T.World())

@@ -55,7 +55,9 @@ def prepare(folder):
     sys.path.insert(0, str(ROOT))
     from sft_nb.data import default_data_file, load_records, split_records
     from sft_nb.dataset import InstructionDataset
-    from sft_nb.model import Decoder, ModelConfig, load_model, save_model
+    from sft_nb.model import ModelConfig
+    from sft_nb.decoder import Decoder
+    from sft_nb.loading import load_model, save_model
     loaded = load_model()
     save_model(folder/'smollm2', loaded.model, loaded.tokenizer, loaded.template)
     torch.manual_seed(1)
@@ -101,9 +103,9 @@ class Clock:
 
 def run_ours(folder, row, n_steps, threads):
     import torch
-    from sft_nb.dataset import Example
-    from sft_nb.model import load_model
-    from sft_nb.training import Run, TrainConfig, World, block_options, validate
+    from sft_nb.rows import Example
+    from sft_nb.loading import load_model
+    from sft_nb.run import Run, TrainConfig, World, block_options, validate
     train, val = ([Example(i, l, 'row') for i,l in part] for part in read_rows(folder, row.get('gpt2')))
     model = load_model(folder/('gpt2' if row.get('gpt2') else 'smollm2')).model
     if row.get('lora'):
