@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from .data import InputError
+from .basics import InputError
 from .kernels import ByHand, in_float32, softcap
 from .layout import Layout, causal_mask
 

@@ -4,22 +4,21 @@
 
 # %% auto #0
 __all__ = ['OPTIONS', 'COMMANDS', 'Stopped', 'new_folder', 'choose_template', 'OneLineParser', 'add_options', 'Job', 'read_data',
-           'choose_device', 'open_model', 'prepare', 'fit_vocabulary', 'encode_part', 'longest_row', 'check_questions',
-           'train_config', 'answer', 'run_settings', 'check_job', 'check_same_run', 'train_model', 'run_folder',
-           'train_command', 'run_command', 'print_scores', 'respond_command', 'wants_judge', 'judge_options',
-           'print_judge', 'judge_command', 'compare_command', 'inspect_command', 'chat_command', 'read_line',
-           'build_parser', 'use_tcmalloc', 'main']
+           'open_model', 'prepare', 'fit_vocabulary', 'encode_part', 'longest_row', 'check_questions', 'train_config',
+           'answer', 'run_settings', 'check_job', 'check_same_run', 'train_model', 'run_folder', 'train_command',
+           'run_command', 'print_scores', 'respond_command', 'wants_judge', 'judge_options', 'print_judge',
+           'judge_command', 'compare_command', 'inspect_command', 'chat_command', 'read_line', 'build_parser',
+           'use_tcmalloc', 'main']
 
 # %% ../nbs/07a_cli.ipynb #ea0c4c34
 import argparse, math, os, shutil, sys, time
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-
 from . import __version__
-from .data import (
-    InputError, Message, Record, default_data_file, load_json, load_records, save_json, shorten,
-    split_records, summarize_records)
+from .basics import InputError, load_json, save_json
+from .data import Message, Record, default_data_file, load_records, split_records, summarize_records
+from .machine import choose_device
 from .templates import TextTemplate, get_template, template_names
 
 # %% ../nbs/07a_cli.ipynb #1a2a2e10
@@ -125,7 +124,6 @@ class Job:
     template:object # How a record is written for the model
     added:tuple=() # Ids of control tokens that `template` needs and the model has never met
 
-
 def read_data(
     args, # Parsed options of the group data
     need_answer:bool=True, # Refuse records without an answer?
@@ -136,20 +134,6 @@ def read_data(
     records = load_records(source, need_answer=need_answer, dropped=dropped)
     say(f"data      {source}: {summarize_records(records, dropped)}")
     return source, records
-
-
-def choose_device(
-    name:str='auto', # As for `--device`; 'cuda' is the GPU that `torchrun` has given this process, else the first
-): # A `torch.device`
-    "Where models are computed, raising `InputError` for a device that cannot be used here"
-    import torch
-    if name=='auto': name = 'cuda' if torch.cuda.is_available() else 'cpu'
-    if name=='cuda': name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    try: return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as e: # torch asserts that it was built for a kind of device
-        why = str(e).splitlines()[0].rstrip('.')
-        raise InputError(f"--device: cannot be used here, got {name!r} ({shorten(why)}); leave --device out") from e
-
 
 def open_model(
     args, # Parsed options of the group model, with `template`
@@ -163,7 +147,6 @@ def open_model(
     loaded.model.to(device)
     say(f"model     {loaded.source}: {sum(p.numel() for p in loaded.model.parameters())/1e6:.1f}M parameters, template {template.name}, on {device}")
     return loaded, template, added
-
 
 def prepare(
     args, # Parsed options of the groups data, encode and model
@@ -295,7 +278,7 @@ def check_same_run(
     settings:dict, # From `run_settings`
 ):
     "Raise `InputError` if `out` holds a model that was made with other settings"
-    from sft_nb.checkpoints import differences
+    from sft_nb.basics import differences
     if not (out/'model').exists(): return
     flat = lambda d: {k: d[k] for k in settings if k in d and k!='config'} | d.get('config', {})
     changed = differences(flat(load_json(out/'model'/'sft_nb.json')), flat(settings))
@@ -511,7 +494,7 @@ def build_parser(
 
 def use_tcmalloc():
     "Begin this process anew under tcmalloc, if it is installed and the user has not chosen what to preload"
-    from sft_nb.optimizer import find_tcmalloc
+    from sft_nb.machine import find_tcmalloc
     library = find_tcmalloc()
     if not library or 'LD_PRELOAD' in os.environ: return
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | dict(LD_PRELOAD=library))

@@ -11,7 +11,7 @@ import math, warnings
 from dataclasses import dataclass, field
 
 import numpy as np
-from .data import InputError
+from .basics import InputError
 from .evaluation import Scores
 
 # %% ../nbs/06c_comparison.ipynb #3abe2602

@@ -17,14 +17,14 @@ from typing import Iterator
 
 import numpy as np
 
-from .data import (
-    InputError, Record, iter_records, load_json, load_records, read_record, save_json, shorten)
+from .basics import InputError, check_choice, load_json, save_json, shorten
+from .data import Record, iter_records, load_records, read_record
 from .templates import format_input, get_template
 from .tokenizer import Tokenizer, as_tokenizer, get_gpt2_tokenizer, tokenizer_from_file
 from .rows import (
-    Example, KINDS, LEARNED, LOSS_ON, MUTE, OVER_LONG, READ, Row, SPEAKERS, STOP, TokenView, check_choice,
-    check_loss, encode_prompt, encode_record, encode_rows, fit_row, flatten_rows, learn_weights,
-    missing_tokens, view_record)
+    Example, KINDS, LEARNED, LOSS_ON, MUTE, OVER_LONG, READ, Row, SPEAKERS, STOP, TokenView, check_loss,
+    encode_prompt, encode_record, encode_rows, fit_row, flatten_rows, learn_weights, missing_tokens,
+    view_record)
 
 # %% ../nbs/02_dataset.ipynb #996769c0
 @dataclass

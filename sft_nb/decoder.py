@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from .data import InputError
+from .basics import InputError
 from .model import ACTS, ModelConfig, rope_tables
 from .kernels import Linear, Norm, SwiGLU, TargetLoss, Turn, Twice, in_float32, softcap
 from .layout import Layout, PutBack, TakeHeads, single_heads

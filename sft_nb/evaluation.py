@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import regex
-from .data import InputError, as_records, load_json, load_rows, save_json, shorten, text_field
+from .basics import InputError, load_json, save_json, shorten
+from .data import as_records, load_rows, text_field
 
 # %% ../nbs/06_evaluation.ipynb #98ad29a9
 def row_ids(

@@ -10,7 +10,7 @@ __all__ = ['ACT_NAMES', 'READERS', 'CLASSES', 'NAMES', 'read_common', 'read_rope
 # %% ../nbs/04g_families.ipynb #17001749
 from torch import Tensor, nn
 
-from .data import InputError, near_misses
+from .basics import InputError, near_misses
 from .model import ModelConfig
 
 # %% ../nbs/04g_families.ipynb #3ee253af

@@ -10,7 +10,7 @@ import warnings
 from functools import cache
 import torch
 from torch import Tensor
-from .data import InputError
+from .basics import InputError
 from .model import ModelConfig
 from .kernels import softcap
 from .attention import Shortcuts

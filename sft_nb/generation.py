@@ -4,23 +4,19 @@
 
 # %% auto #0
 __all__ = ['ROOM', 'SHORT', 'READ_TOKENS', 'generate_naive', 'Answer', 'default_stop_ids', 'reserve', 'RowCache', 'FlatRows',
-           'Plan', 'free_bytes', 'plan_rows', 'Sampling', 'penalise_seen', 'keep_top_k', 'keep_top_p', 'keep_min_p',
-           'choose_ids', 'answer_text', 'TextPieces', 'pack_weight', 'Ready', 'check_prompts', 'generate', 'stream',
-           'answer_records']
+           'Plan', 'plan_rows', 'Sampling', 'penalise_seen', 'keep_top_k', 'keep_top_p', 'keep_min_p', 'choose_ids',
+           'answer_text', 'TextPieces', 'pack_weight', 'Ready', 'check_prompts', 'generate', 'stream', 'answer_records']
 
 # %% ../nbs/04o_generation.ipynb #75572362
 import math, mmap, operator
 from collections import deque
 from dataclasses import dataclass, field
-from pathlib import Path
-
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-
-from .data import InputError, shorten
+from .basics import InputError, shorten
+from .machine import free_bytes
 from .rows import encode_prompt
 from .collate import collate_prompts
 from .attention import KVCache
@@ -185,23 +181,6 @@ class Plan:
         gib = (self.n_rows*self.n_slots + self.n_prefix)*self.slot_bytes/2**30
         return (f"{self.n_prompts} prompts, the first {self.n_prefix} ids shared: {self.n_rows} rows at a time; "
                 f"keys and values take {self.slot_bytes/1024:.1f} KiB a token, {gib:.2f} GiB at most")
-
-# %% ../nbs/04o_generation.ipynb #1dc9bbe9
-def free_bytes(
-    device, # Where
-    system:str='/', # Where Linux tells what it has
-)->int: # Bytes
-    "Memory that can still be had on `device`, within the limit of a container"
-    if torch.device(device).type=='cuda': return torch.cuda.mem_get_info(device)[0]
-    free,group = [],Path(system)/'sys/fs/cgroup'
-    table = lambda path: {l.split()[0].rstrip(':'): int(l.split()[1]) for l in path.read_text().splitlines()}
-    try:
-        free.append(table(Path(system)/'proc/meminfo')['MemAvailable']*1024)
-        used,files = int((group/'memory.current').read_text()),table(group/'memory.stat')
-        limit = (group/'memory.max').read_text().strip()
-        if limit!='max': free.append(int(limit) - used + files['active_file'] + files['inactive_file']) # copies of files make room
-    except (OSError, KeyError): pass
-    return min(free, default=4*2**30)
 
 # %% ../nbs/04o_generation.ipynb #a3bcb344
 def _check_count(

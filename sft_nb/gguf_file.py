@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .data import InputError
+from .basics import InputError
 from .model import ModelConfig, rope_frequencies
 from .decoder import Decoder
 from .families import CLASSES, config_from_hf, hf_names

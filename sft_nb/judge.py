@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from .data import InputError, load_rows, shorten
+from .basics import InputError, shorten
+from .data import load_rows
 from .evaluation import Scores, load_meta, load_responses, prompt_and_reference, words
 from .comparison import Interval, agree, auc, mean_interval
 from .server import Server

@@ -10,7 +10,7 @@ __all__ = ['ByHand', 'softcap', 'Norm', 'in_float32', 'Turn', 'product', 'weight
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .data import InputError
+from .basics import InputError
 from .model import ModelConfig, turn
 
 # %% ../nbs/04b_kernels.ipynb #a1b6a867

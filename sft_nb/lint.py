@@ -14,7 +14,8 @@ from typing import Iterator, NamedTuple
 
 import numpy as np
 
-from .data import Groups, InputError, Record, as_records, prompt_key, shorten
+from .basics import InputError, shorten
+from .data import Groups, Record, as_records, prompt_key
 
 # %% ../nbs/00b_lint.ipynb #6ddbc1fd
 _markers = re.compile(r'<\|[^|<>\s]{1,40}\|>|\[/?INST\]|<</?SYS>>|</?s>|<(start|end)_of_turn>|'

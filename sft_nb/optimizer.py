@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'check_decay', 'FlatAdamW', 'gather', 'forget', 'grad_norm', 'step', 'bank', 'gradient', 'reduce', 'tensors',
-           'refresh', 'find_tcmalloc', 'describe_allocator', 'product_secs', 'choose_dtype']
+           'refresh']
 
 # %% ../nbs/05a_optimizer.ipynb #a9ecaf8b
-import ctypes.util, math, sys, time
-from pathlib import Path
+import math
 import torch
 from torch import nn
-from .data import InputError
+from .basics import InputError
 
 # %% ../nbs/05a_optimizer.ipynb #a984ba8d
 CHUNK = 1<<20  # Elements a call: small enough to stay in the cache from one operation to the next
@@ -179,44 +178,3 @@ def refresh(
     self.forget()
 
 FlatAdamW.tensors,FlatAdamW.refresh = tensors,refresh
-
-# %% ../nbs/05a_optimizer.ipynb #7e15dbba
-def find_tcmalloc()->str: # What to preload; '' if there is none
-    "The installed tcmalloc"
-    if not sys.platform.startswith('linux'): return ''
-    return ctypes.util.find_library('tcmalloc_minimal') or ctypes.util.find_library('tcmalloc') or ''
-
-def describe_allocator()->str: # For people
-    "Which allocator this process uses, and what would be faster"
-    maps = Path('/proc/self/maps')
-    if not maps.exists(): return "the system's own"
-    text = maps.read_text()
-    for name in ('tcmalloc', 'jemalloc', 'mimalloc'):
-        if name in text: return name
-    better = find_tcmalloc() or 'libtcmalloc_minimal.so.4 (Debian, Ubuntu: libtcmalloc-minimal4)'
-    return f"the C library's own; steps are faster with LD_PRELOAD={better}"
-
-# %% ../nbs/05a_optimizer.ipynb #fc676090
-def product_secs(
-    dtype:torch.dtype, # Precision to measure
-    device='cpu', # Where to measure
-    repeats:int=5, # Tries, of which the fastest counts: others share the machine
-)->float: # Seconds of one product of 512 x 576 with 576 x 1536
-    "Time one matrix product"
-    a,b = torch.ones(512, 576, dtype=dtype, device=device),torch.ones(576, 1536, dtype=dtype, device=device)
-    best = math.inf
-    for _ in range(repeats+1):
-        begun = time.perf_counter()
-        (a@b)[0,0].item()
-        best = min(best, time.perf_counter()-begun)
-    return best
-
-def choose_dtype(
-    wanted:str='auto', # 'float32', 'bfloat16', or 'auto' to measure
-    device='cpu', # Where the model is
-)->tuple: # The torch dtype, and why, in words
-    "`wanted`, or for 'auto' bfloat16 where its matrix product is at least 1.3 times as fast as float32's"
-    if wanted!='auto': return getattr(torch, wanted), f'{wanted}, as asked'
-    ratio = product_secs(torch.float32, device)/product_secs(torch.bfloat16, device)
-    name = 'bfloat16' if ratio>=1.3 else 'float32'
-    return getattr(torch, name), f'{name}: a bfloat16 matrix product is {ratio:.1f} times as fast as a float32 one here'

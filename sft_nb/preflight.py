@@ -4,20 +4,19 @@
 
 # %% auto #0
 __all__ = ['Finding', 'Preflight', 'check_rows', 'check_labels', 'check_stop', 'check_first_loss', 'largest_batch', 'Trial',
-           'try_batch', 'check_overfit', 'memory_gib', 'container_gib', 'check_memory', 'expect_time', 'report_padding',
-           'preflight', 'check_validation']
+           'try_batch', 'check_overfit', 'check_memory', 'expect_time', 'report_padding', 'preflight',
+           'check_validation']
 
 # %% ../nbs/05g_preflight.ipynb #a10d8159
-import math, os, time
+import math, time
 from dataclasses import dataclass, replace
-from pathlib import Path
 import numpy as np
 import torch
-from .data import InputError
-from .optimizer import FlatAdamW, choose_dtype
+from .basics import InputError
+from .machine import choose_dtype, memory_gib, peak_memory_gib
+from .optimizer import FlatAdamW
 from .run import (
-    TrainConfig, accumulate, block_options, micro_batches, peak_memory_gib, plain_parts, run_bytes,
-    step_rows, validate)
+    TrainConfig, accumulate, block_options, micro_batches, plain_parts, run_bytes, step_rows, validate)
 
 # %% ../nbs/05g_preflight.ipynb #d229d0e3
 @dataclass(frozen=True)
@@ -166,29 +165,6 @@ def check_overfit(
     return Finding('ok', 'overfit', text)
 
 # %% ../nbs/05g_preflight.ipynb #19dd8699
-def memory_gib(
-    device='cpu', # Where the model is
-)->float: # GiB that can still be had
-    "Memory available now, container limits included where Linux tells them"
-    if torch.device(device).type=='cuda': return torch.cuda.mem_get_info(device)[0]/2**30
-    free = [container_gib()]
-    try:
-        lines = Path('/proc/meminfo').read_text().splitlines()
-        free.append(int(next(l for l in lines if l.startswith('MemAvailable')).split()[1])/2**20)
-    except (OSError, StopIteration): pass
-    if min(free)==math.inf and hasattr(os, 'sysconf'): free.append(os.sysconf('SC_PHYS_PAGES')*os.sysconf('SC_PAGE_SIZE')/2**30)
-    return min(free)
-
-def container_gib(
-    folder='/sys/fs/cgroup', # Where Linux keeps a container's accounts
-)->float: # GiB; infinite without a limit
-    "What a container may still take: its limit less what it holds; copies of files do not count, they are given up when memory is wanted"
-    try: limit,used,rest = ((Path(folder)/f'memory.{x}').read_text().strip() for x in ('max', 'current', 'stat'))
-    except OSError: return math.inf
-    if limit=='max': return math.inf
-    files = sum(int(l.split()[1]) for l in rest.splitlines() if l.startswith('inactive_file '))
-    return (int(limit)-int(used)+files)/2**30
-
 def check_memory(
     model, # A `Decoder`
     available:float, # GiB that can still be had

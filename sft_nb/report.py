@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from .data import InputError, save_json, write_atomic
+from .basics import InputError, save_json, write_atomic
 from .evaluation import (
     METRICS, load_meta, load_responses, prompt_and_reference, response_health, row_ids, score_responses)
 from .comparison import agree, compare_scores, score_interval

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOSS_ON', 'KINDS', 'READ', 'LEARNED', 'STOP', 'MUTE', 'SPEAKERS', 'OVER_LONG', 'STYLES', 'Example', 'stop_ids',
            'printed_markers', 'missing_tokens', 'segment_tokenizers', 'encode_segments', 'stops_before',
-           'segment_kinds', 'check_choice', 'Row', 'with_start', 'encode_rows', 'Flat', 'flatten_rows', 'learn_weights',
+           'segment_kinds', 'Row', 'with_start', 'encode_rows', 'Flat', 'flatten_rows', 'learn_weights',
            'encode_record', 'encode_prompt', 'check_loss', 'cut_answer', 'cut_prompt', 'fit_row', 'visible',
            'token_texts', 'TokenView', 'view_record']
 
@@ -15,10 +15,9 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import chain, groupby
 from typing import NamedTuple
-
 import numpy as np
-
-from .data import InputError, Record, as_records, near_misses, shorten
+from .basics import InputError, check_choice
+from .data import Record, as_records
 from .templates import Segment, get_template, render_prompt, render_record
 from .tokenizer import Tokenizer
 
@@ -125,15 +124,6 @@ def segment_kinds(
         if not (flag or loss_on=='all' or (s.learn and chosen)): return READ
         return STOP if s.stop else LEARNED
     return [kind(s) for s in segments]
-
-# %% ../nbs/01c_rows.ipynb #410feab6
-def check_choice(
-    name:str, # Name of the argument
-    value, # What the user gave
-    allowed:tuple, # What it may be
-):
-    "Raise `InputError` with the near misses if `value` is not `allowed`"
-    if value not in allowed: raise InputError(f"{name}: unknown value {shorten(value)}; {near_misses(value, allowed)}")
 
 # %% ../nbs/01c_rows.ipynb #368b3888
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'micro_batches', 'accumulate', 'World', 'processes', 'validate', 'TrainConfig', 'lr_at', 'step_rows',
            'StepLog', 'ValLog', 'TrainLog', 'log_line', 'load_log', 'rows_fingerprint', 'plain_parts',
-           'frozen_fingerprint', 'run_bytes', 'describe_run', 'peak_memory_gib', 'Run', 'make_step', 'check', 'judge',
-           'keep_best', 'take_best', 'save', 'store', 'fetch', 'elapsed', 'resume', 'go', 'block_options', 'train',
-           'plot_losses', 'sample_answers', 'live_plot', 'tensorboard', 'weights_and_biases']
+           'frozen_fingerprint', 'run_bytes', 'describe_run', 'Run', 'make_step', 'check', 'judge', 'keep_best',
+           'take_best', 'save', 'store', 'fetch', 'elapsed', 'resume', 'go', 'block_options', 'train', 'plot_losses',
+           'sample_answers', 'live_plot', 'tensorboard', 'weights_and_biases']
 
 # %% ../nbs/05e_run.ipynb #c29bf460
 import hashlib, json, math, os, sys, time
@@ -19,14 +19,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm.auto import tqdm
-from .data import InputError, save_json, write_atomic
+from .basics import InputError, differences, save_json, write_atomic
+from .machine import choose_dtype, describe_allocator, peak_memory_gib
 from .collate import batch_order, lay_flat
 from .attention import ATTENTION
 from .flex import check_trains
 from .decoder import batch_loss, compile_blocks
 from .lora import adapted
-from .optimizer import FlatAdamW, choose_dtype, describe_allocator
-from .checkpoints import differences, newest_checkpoint, read_tensors, save_checkpoint, stop_signals
+from .optimizer import FlatAdamW
+from .checkpoints import newest_checkpoint, read_tensors, save_checkpoint, stop_signals
 
 # %% ../nbs/05e_run.ipynb #5889475d
 def micro_batches(
@@ -376,15 +377,6 @@ def describe_run(
 # %% ../nbs/05e_run.ipynb #4e2c3dce
 _MAY_DIFFER = ('cfg.keep_last', 'cfg.save_every', 'cfg.eval_batch_size', 'cfg.shard')
 _TOLD_ELSEWHERE = ('model.hf', 'lora.targets')  # `model` and `trained_weights` say what matters of them
-
-def peak_memory_gib(
-    device='cpu', # Whose memory: a GPU's, or else this process's
-)->float: # GiB
-    "Most memory held at any moment so far"
-    if torch.device(device).type=='cuda': return torch.cuda.max_memory_allocated(device)/2**30
-    try: import resource
-    except ImportError: return 0.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**30 if sys.platform=='darwin' else 2**20)
 
 @contextmanager
 def _writing(folder):

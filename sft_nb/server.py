@@ -14,7 +14,8 @@ from types import SimpleNamespace
 from urllib.parse import urlsplit, urlunsplit
 
 import httpx
-from .data import InputError, load_records, shorten
+from .basics import InputError, shorten
+from .data import load_records
 from .evaluation import answer_file, text_of
 
 # %% ../nbs/06d_server.ipynb #825adfd8

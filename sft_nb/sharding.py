@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from .data import InputError
+from .basics import InputError
 from .optimizer import FlatAdamW, check_decay
 from .checkpoints import open_part, read_tensors, seal_part, writing
 

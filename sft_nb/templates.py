@@ -17,9 +17,8 @@ import jinja2
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from .data import (
-    InputError, Message, Record, as_records, load_json, near_misses, read_text, save_json, shorten,
-    write_atomic)
+from .basics import InputError, load_json, near_misses, read_text, save_json, shorten, write_atomic
+from .data import Message, Record, as_records
 
 # %% ../nbs/01_templates.ipynb #09d0daa6
 def format_input(

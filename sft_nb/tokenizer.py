@@ -20,7 +20,7 @@ from pathlib import Path
 import tiktoken
 import tokenizers
 
-from .data import InputError, load_json, save_json, shorten, write_atomic
+from .basics import InputError, load_json, save_json, shorten, write_atomic
 
 # %% ../nbs/01b_tokenizer.ipynb #28f49070
 GPT2_FILES = files('sft_nb')/'gpt2_bpe'

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
-from .data import InputError, near_misses
+from .basics import InputError, near_misses
 from .server import Declined, Passing, Reply, Server, first_reply
 
 # %% ../nbs/06e_verdicts.ipynb #ac1280ed

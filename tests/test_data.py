@@ -13,9 +13,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from sft_nb import data, lint
-from sft_nb.data import (
-    InputError, as_records, default_data_file, iter_records, load_json, load_records, save_json,
-    save_records, split_records, write_atomic)
+from sft_nb.basics import InputError, load_json, save_json, write_atomic
+from sft_nb.data import as_records, default_data_file, iter_records, load_records, save_records, split_records
 
 ROOT = Path(__file__).resolve().parent.parent
 GOOD = {'instruction': 'Name the opposite.', 'input': 'hot', 'output': 'cold'}

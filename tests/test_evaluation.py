@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from sft_nb.data import InputError
+from sft_nb.basics import InputError
 from sft_nb.evaluation import (
     METRICS, Scores, answer_file, exact_loose, load_embedder, load_meta, load_responses, novel_recall,
     number_agreement, numbers_in, response_rows, row_ids, save_responses, score_responses, words)

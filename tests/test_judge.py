@@ -15,7 +15,7 @@ import pytest
 from scripted_server import Scripted, fair_level
 from test_evaluation import kill_when_grown
 
-from sft_nb.data import InputError
+from sft_nb.basics import InputError
 from sft_nb.evaluation import answer_file, load_responses, save_responses
 from sft_nb.server import Server, first_reply, respond_file, server_answers
 from sft_nb.verdicts import (

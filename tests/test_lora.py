@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from sft_nb.data import InputError, load_json, save_json
+from sft_nb.basics import InputError, load_json, save_json
 from sft_nb.rows import Example
 from sft_nb.collate import collate_examples
 from sft_nb.decoder import batch_loss

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from sft_nb import decoder, gguf_file as GF
 from sft_nb import model as M
-from sft_nb.data import InputError
+from sft_nb.basics import InputError
 from sft_nb.rows import Example
 from sft_nb.collate import collate_examples, collate_prompts
 from sft_nb.model import ModelConfig

@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from sft_nb import templates
-from sft_nb.data import InputError, as_records, load_json, save_json
+from sft_nb.basics import InputError, load_json, save_json
+from sft_nb.data import as_records
 from sft_nb.templates import (
     ChatTemplate, TextTemplate, as_jinja, format_input, get_template, load_template, render_prompt,
     render_record, save_template, template_names)

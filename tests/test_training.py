@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from sft_nb import checkpoints
 from sft_nb import preflight as preflight_module
-from sft_nb.data import InputError
+from sft_nb.basics import InputError
 from sft_nb.rows import Example
 from sft_nb.model import ModelConfig
 from sft_nb.decoder import Decoder

@@ -11,7 +11,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 import torch
 
 from test_training import CFG, DATA, tiny
-from sft_nb.data import InputError
+from sft_nb.basics import InputError
 from sft_nb.sharding import whole_weights
 from sft_nb.run import processes, train
 
