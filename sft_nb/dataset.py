@@ -18,7 +18,8 @@ from typing import Iterator
 import numpy as np
 
 from .basics import InputError, check_choice, load_json, save_json, shorten
-from .data import Record, iter_records, load_records, read_record
+from .data import Record, read_record
+from .readers import iter_records, load_records
 from .templates import format_input, get_template
 from .tokenizer import Tokenizer, as_tokenizer, get_gpt2_tokenizer, tokenizer_from_file
 from .rows import (

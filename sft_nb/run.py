@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from tqdm.auto import tqdm
 from .basics import InputError, differences, save_json, write_atomic
-from .machine import choose_dtype, describe_allocator, peak_memory_gib
+from .machine import choose_dtype, describe_allocator, peak_memory
 from .collate import batch_order, lay_flat
 from .attention import ATTENTION
 from .flex import check_trains
@@ -456,7 +456,7 @@ def make_step(
     norm = self.optimizer.step(lr, 1/targets)
     self.step += 1
     self.note(StepLog(self.step, self.step/self.per_epoch, loss/targets, lr, norm, int(tokens), targets, padding/len(indices),
-        tokens/(time.perf_counter()-begun), peak_memory_gib(self.device)))
+        tokens/(time.perf_counter()-begun), peak_memory(self.device)/2**30))
     return asked>0
 
 Run.make_step = make_step
