@@ -166,7 +166,7 @@ def fit_vocabulary(
 )->tuple: # `loaded` with a tokenizer that knows every control token of `template`, and the ids that were added
     "Add the control tokens that `template` prints and the tokenizer of `loaded` does not have"
     from sft_nb.rows import missing_tokens
-    from sft_nb.loading import resize_vocab
+    from sft_nb.saving import resize_vocab
     if loaded.tokenizer is None: raise InputError(f"{loaded.source}: has no tokenizer.json; save the tokenizer into the folder")
     missing = missing_tokens(template, loaded.tokenizer)
     if not missing: return loaded, ()
@@ -293,7 +293,8 @@ def train_model(
     say=print, # Where progress goes
 ): # `TrainLog`
     "Train and save the model, its log and its plot under `out`; with `args.resume` go on where a run stopped"
-    from sft_nb.loading import load_model, save_model
+    from sft_nb.loading import load_model
+    from sft_nb.saving import save_model
     from sft_nb.lora import merge_lora
     from sft_nb.run import load_log, plot_losses, train
     if not (out/'model').exists():

@@ -390,7 +390,8 @@ def real_file(folder, n=10):
 @pytest.mark.slow
 def test_transformers_serve_judges_and_fails_the_exam(tmp_path):
     "The default model, saved by us and served by transformers: typed decisions and text; it must be found unfit"
-    from sft_nb.loading import load_model, save_model
+    from sft_nb.loading import load_model
+    from sft_nb.saving import save_model
     loaded = load_model()
     save_model(tmp_path/'dense', loaded.model, loaded.tokenizer, loaded.template)
     del loaded
