@@ -21,7 +21,7 @@ import torch.distributed as dist
 from tqdm.auto import tqdm
 from .basics import InputError, differences, save_json, write_atomic
 from .machine import choose_dtype, describe_allocator, peak_memory_gib
-from .collate import batch_order, lay_flat
+from .batches import batch_order, lay_flat
 from .attention import ATTENTION
 from .flex import check_trains
 from .decoder import batch_loss, compile_blocks

@@ -7,7 +7,7 @@ from torch import nn
 
 from sft_nb.basics import InputError, load_json, save_json
 from sft_nb.rows import Example
-from sft_nb.collate import collate_examples
+from sft_nb.batches import collate_examples
 from sft_nb.decoder import batch_loss
 from sft_nb.loading import load_model, save_model
 from sft_nb.lora import (
