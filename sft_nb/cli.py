@@ -211,7 +211,7 @@ def train_config(
     args, # Parsed options of the groups model and train
 ): # `TrainConfig`
     "The training settings: those asked for, and the defaults of `TrainConfig` for the rest"
-    from sft_nb.run import TrainConfig
+    from sft_nb.steps import TrainConfig
     asked = {f.name: getattr(args, f.name, None) for f in fields(TrainConfig)}
     return TrainConfig(**{name: value for name,value in asked.items() if value is not None})
 
@@ -295,7 +295,9 @@ def train_model(
     "Train and save the model, its log and its plot under `out`; with `args.resume` go on where a run stopped"
     from sft_nb.loading import load_model, save_model
     from sft_nb.lora import merge_lora
-    from sft_nb.run import load_log, plot_losses, train
+    from sft_nb.steps import load_log
+    from sft_nb.run import train
+    from sft_nb.watch import plot_losses
     if not (out/'model').exists():
         (cfg, rows, val_rows), model = checked, job.loaded.model
         out.mkdir(parents=True, exist_ok=True)

@@ -265,7 +265,7 @@ def draw_pictures(
     "The pictures of a report"
     made = {}
     if log is not None:
-        from sft_nb.run import plot_losses
+        from sft_nb.watch import plot_losses
         made['loss.png'] = 'Training and validation loss', plot_losses(log)
     if before is not None:
         made['pictures/differences.png'] = 'What rows gained (blue) or lost (orange)', plot_differences(before, after)

@@ -14,7 +14,8 @@ from sft_nb.lora import (
     LoraConfig, Share, adapted, add_lora, find_targets, load_adapter, merge_lora, quantize_base, remove_lora,
     save_adapter, trainable_share, unmoved_tokens)
 from sft_nb.generation import generate, generate_naive
-from sft_nb.run import Run, TrainConfig, World, describe_run, train
+from sft_nb.steps import TrainConfig, World, describe_run
+from sft_nb.run import Run, train
 
 transformers, peft = pytest.importorskip('transformers'), pytest.importorskip('peft')
 torch.set_num_threads(1)
