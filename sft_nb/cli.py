@@ -225,7 +225,8 @@ def answer(
 )->list: # Rows of the responses file
     "Answer `records` greedily, batch by batch, into a file"
     from sft_nb.generation import answer_records
-    from sft_nb.evaluation import answer_file, load_meta, response_health
+    from sft_nb.responses import answer_file, load_meta
+    from sft_nb.scores import response_health
     check_questions(job, records, args)
     loaded, start = job.loaded, time.perf_counter()
     settings = dict(model=loaded.source, model_fingerprint=loaded.fingerprint, template=job.template.name,
