@@ -211,7 +211,7 @@ def train_config(
     args, # Parsed options of the groups model and train
 ): # `TrainConfig`
     "The training settings: those asked for, and the defaults of `TrainConfig` for the rest"
-    from sft_nb.run import TrainConfig
+    from sft_nb.steps import TrainConfig
     asked = {f.name: getattr(args, f.name, None) for f in fields(TrainConfig)}
     return TrainConfig(**{name: value for name,value in asked.items() if value is not None})
 
@@ -225,7 +225,8 @@ def answer(
 )->list: # Rows of the responses file
     "Answer `records` greedily, batch by batch, into a file"
     from sft_nb.generation import answer_records
-    from sft_nb.evaluation import answer_file, load_meta, response_health
+    from sft_nb.responses import answer_file, load_meta
+    from sft_nb.scores import response_health
     check_questions(job, records, args)
     loaded, start = job.loaded, time.perf_counter()
     settings = dict(model=loaded.source, model_fingerprint=loaded.fingerprint, template=job.template.name,
@@ -296,7 +297,9 @@ def train_model(
     from sft_nb.loading import load_model
     from sft_nb.saving import save_model
     from sft_nb.lora import merge_lora
-    from sft_nb.run import load_log, plot_losses, train
+    from sft_nb.steps import load_log
+    from sft_nb.run import train
+    from sft_nb.watch import plot_losses
     if not (out/'model').exists():
         (cfg, rows, val_rows), model = checked, job.loaded.model
         out.mkdir(parents=True, exist_ok=True)

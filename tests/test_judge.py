@@ -16,7 +16,7 @@ from scripted_server import Scripted, fair_level
 from test_evaluation import kill_when_grown
 
 from sft_nb.basics import InputError
-from sft_nb.evaluation import answer_file, load_responses, save_responses
+from sft_nb.responses import answer_file, load_responses, save_responses
 from sft_nb.server import Server, first_reply, respond_file, server_answers
 from sft_nb.verdicts import (
     FINAL, JudgeStopped, get_protocol, judge_prompt, preflight, quote, read_cut_verdict, read_verdict)

@@ -13,7 +13,7 @@ from sft_nb import __version__, decoder, fetch, saving
 from sft_nb import gguf_file as GF
 from sft_nb.basics import InputError, load_json, save_json
 from sft_nb.rows import Example
-from sft_nb.collate import collate_examples, collate_prompts
+from sft_nb.batches import collate_examples, collate_prompts
 from sft_nb.model import ModelConfig
 from sft_nb.attention import KVCache, Shortcuts
 from sft_nb.decoder import Decoder, batch_loss, compare_with_naive, gradients_of, naive_loss
