@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from .basics import InputError, shorten
 from .machine import free_memory
 from .rows import encode_prompt
-from .collate import collate_prompts
+from .batches import collate_prompts
 from .attention import KVCache
 
 # %% ../nbs/04o_generation.ipynb #5eeed499

@@ -15,7 +15,7 @@ import torch
 from .basics import InputError
 from .machine import choose_dtype, free_memory, peak_memory
 from .optimizer import FlatAdamW
-from .run import (
+from .steps import (
     TrainConfig, accumulate, block_options, micro_batches, plain_parts, run_bytes, step_rows, validate)
 
 # %% ../nbs/05g_preflight.ipynb #d229d0e3
