@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
+from types import UnionType
 
 # %% ../nbs/00_basics.ipynb #de678968
 class InputError(ValueError):
@@ -93,7 +94,9 @@ def check_fields(
     "Raise `InputError` for the first field that breaks its type or its rule; called in `__post_init__`"
     for f in fields(settings):
         value = getattr(settings, f.name)
-        need = broken_rule(value, f.type, f.metadata.get('rule', {}))
+        kinds = f.type.__args__ if isinstance(f.type, UnionType) else (f.type,)
+        if value is None and type(None) in kinds: continue
+        need = broken_rule(value, kinds[0], f.metadata.get('rule', {}))
         if need:
             raise InputError(f"{type(settings).__name__}: {f.name} must be {need}, got {value!r}; change {f.name}")
 

@@ -19,7 +19,6 @@ from . import __version__
 from .basics import InputError, load_json, save_json
 from .data import Message, Record, summarize_records
 from .readers import default_data_file, load_records
-from .machine import choose_device
 from .split import split_records
 from .templates import TextTemplate, get_template, template_names
 
@@ -143,6 +142,7 @@ def open_model(
 )->tuple: # `Loaded`, the template, and the ids that were added to the vocabulary for it
     "Load the model, and settle which template it is asked in"
     from sft_nb.loading import load_model
+    from sft_nb.machine import choose_device # torch is not for a quick --help
     device, loaded = choose_device(args.device), load_model(args.model)
     template = choose_template(loaded, args.template, args.force_template)
     loaded, added = fit_vocabulary(loaded, template, say)
@@ -300,6 +300,7 @@ def train_model(
     from sft_nb.saving import save_model
     from sft_nb.lora import merge_lora
     from sft_nb.steps import load_log
+    from sft_nb.machine import choose_device # torch is not for a quick --help
     from sft_nb.run import train
     from sft_nb.watch import plot_losses
     if not (out/'model').exists():
