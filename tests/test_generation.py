@@ -265,7 +265,7 @@ def default():
     "The default model, ours and in transformers, and the prompts of the test part"
     loaded = load_model()
     records = split_records(load_records(ROOT/'data/sft/train/instruction-data.json')).test
-    from sft_nb.loading import save_model
+    from sft_nb.saving import save_model
     import tempfile
     with tempfile.TemporaryDirectory() as d:
         save_model(Path(d)/'m', loaded.model)

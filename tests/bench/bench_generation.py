@@ -35,7 +35,8 @@ def prepare(work, model):
     sys.path.insert(0, str(ROOT))
     from sft_nb.data import default_data_file, load_records, split_records
     from sft_nb.rows import encode_prompt
-    from sft_nb.loading import load_model, save_model
+    from sft_nb.loading import load_model
+    from sft_nb.saving import save_model
     loaded = load_model(model)
     folder = work/'smollm2' if model is None else Path(model)
     if not folder.exists(): save_model(folder, loaded.model, loaded.tokenizer, loaded.template)

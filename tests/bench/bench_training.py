@@ -57,7 +57,8 @@ def prepare(folder):
     from sft_nb.dataset import InstructionDataset
     from sft_nb.model import ModelConfig
     from sft_nb.decoder import Decoder
-    from sft_nb.loading import load_model, save_model
+    from sft_nb.loading import load_model
+    from sft_nb.saving import save_model
     loaded = load_model()
     save_model(folder/'smollm2', loaded.model, loaded.tokenizer, loaded.template)
     torch.manual_seed(1)
