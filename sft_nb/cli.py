@@ -141,8 +141,8 @@ def open_model(
     say=print, # Where progress goes
 )->tuple: # `Loaded`, the template, and the ids that were added to the vocabulary for it
     "Load the model, and settle which template it is asked in"
-    from sft_nb.loading import load_model
-    from sft_nb.machine import choose_device # torch is not for a quick --help
+    from sft_nb.machine import choose_device
+    from sft_nb.loading import load_model # torch is not for a quick --help
     device, loaded = choose_device(args.device), load_model(args.model)
     template = choose_template(loaded, args.template, args.force_template)
     loaded, added = fit_vocabulary(loaded, template, say)
@@ -296,11 +296,11 @@ def train_model(
     say=print, # Where progress goes
 ): # `TrainLog`
     "Train and save the model, its log and its plot under `out`; with `args.resume` go on where a run stopped"
+    from sft_nb.machine import choose_device
     from sft_nb.loading import load_model
     from sft_nb.saving import save_model
     from sft_nb.lora import merge_lora
     from sft_nb.steps import load_log
-    from sft_nb.machine import choose_device # torch is not for a quick --help
     from sft_nb.run import train
     from sft_nb.watch import plot_losses
     if not (out/'model').exists():
