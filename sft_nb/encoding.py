@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Iterator
 import numpy as np
 from .basics import InputError, check_choice, load_json, save_json
-from .data import Record, iter_records, read_record
+from .data import Record, read_record
+from .readers import iter_records
 from .tokenizer import Tokenizer
 from .rows import (
     Example, KINDS, LOSS_ON, OVER_LONG, SPEAKERS, encode_rows, fit_row, flatten_rows, learn_weights)
