@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from .basics import InputError, near_misses, shorten
-from .decoder import Decoder
 from .model import ModelConfig
+from .decoder import Decoder
 
 # %% ../nbs/04g_families.ipynb #e7593b53
 _FIRST_LENGTH = 'original_max_position_embeddings'
