@@ -17,7 +17,7 @@ from torch import nn
 from .basics import InputError, file_sha256, fingerprint, load_json, near_misses, shorten
 from .model import ModelConfig
 from .decoder import Decoder
-from .families import NAMES, config_from_hf, file_parts
+from .families import FAMILIES, config_from_hf, file_parts
 from .gguf_file import read_gguf
 from .fetch import DEFAULT_MODEL, HUB_NAMES, fetch_default_model, fetch_from_hub
 
@@ -126,7 +126,7 @@ def with_prefix(
     family:str, # Whose names they should be
 )->dict: # The same with full names
     "Put a family's prefix in front of all names, if none has it"
-    prefix = NAMES[family][2].split('.')[0] + '.'
+    prefix = FAMILIES[family].prefix.split('.')[0] + '.'
     if any(n.startswith(prefix) for n in read): return read
     return {n if n=='lm_head.weight' else prefix + n: f for n,f in read.items()}
 
