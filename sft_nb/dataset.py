@@ -12,7 +12,8 @@ import numpy as np
 from .basics import InputError, shorten
 from .data import Record
 from .readers import load_records
-from .templates import format_input, get_template
+from .templates import format_input
+from .chat import get_template
 from .tokenizer import as_tokenizer
 from .rows import LEARNED, Row, STOP, check_loss, encode_rows
 from .encoding import EncodePlan, FlatRows, load_or_encode, stream_records
