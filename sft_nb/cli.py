@@ -17,8 +17,9 @@ from functools import partial
 from pathlib import Path
 from . import __version__
 from .basics import InputError, load_json, save_json
-from .data import Message, Record, default_data_file, load_records, split_records, summarize_records
-from .machine import choose_device
+from .data import Message, Record, summarize_records
+from .readers import default_data_file, load_records
+from .split import split_records
 from .templates import TextTemplate, get_template, template_names
 
 # %% ../nbs/07a_cli.ipynb #1a2a2e10
@@ -140,7 +141,8 @@ def open_model(
     say=print, # Where progress goes
 )->tuple: # `Loaded`, the template, and the ids that were added to the vocabulary for it
     "Load the model, and settle which template it is asked in"
-    from sft_nb.loading import load_model
+    from sft_nb.machine import choose_device
+    from sft_nb.loading import load_model # torch is not for a quick --help
     device, loaded = choose_device(args.device), load_model(args.model)
     template = choose_template(loaded, args.template, args.force_template)
     loaded, added = fit_vocabulary(loaded, template, say)
@@ -294,6 +296,7 @@ def train_model(
     say=print, # Where progress goes
 ): # `TrainLog`
     "Train and save the model, its log and its plot under `out`; with `args.resume` go on where a run stopped"
+    from sft_nb.machine import choose_device
     from sft_nb.loading import load_model
     from sft_nb.saving import save_model
     from sft_nb.lora import merge_lora

@@ -10,7 +10,8 @@ import inspect
 from pathlib import Path
 import numpy as np
 from .basics import InputError, shorten
-from .data import Record, load_records
+from .data import Record
+from .readers import load_records
 from .templates import format_input, get_template
 from .tokenizer import as_tokenizer
 from .rows import LEARNED, Row, STOP, check_loss, encode_rows

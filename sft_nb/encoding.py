@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 
 from .basics import InputError, check_choice, load_json, save_json
-from .data import Record, iter_records, read_record
+from .data import Record, read_record
+from .readers import iter_records
 from .tokenizer import Tokenizer
 from .rows import (
     Example, Flat, KINDS, LOSS_ON, OVER_LONG, Row, SPEAKERS, encode_rows, fit_row, flatten_rows,

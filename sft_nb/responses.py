@@ -13,7 +13,8 @@ from pathlib import Path
 
 import regex
 from .basics import InputError, load_json, save_json, shorten
-from .data import as_records, load_rows, text_field
+from .data import as_records, text_field
+from .readers import load_rows
 
 # %% ../nbs/06a_responses.ipynb #98ad29a9
 def row_ids(

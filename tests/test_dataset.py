@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 import sft_nb.encoding as ds
 from sft_nb.basics import InputError
-from sft_nb.data import Message, Record, as_records, default_data_file, load_records
+from sft_nb.data import Message, Record, as_records
+from sft_nb.readers import default_data_file, load_records
 import sft_nb.rows as rows
 from sft_nb.templates import get_template, render_prompt, render_record, save_template, template_names
 from sft_nb.tokenizer import (

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from sft_nb import generation
-from sft_nb.data import load_records, split_records
+from sft_nb.readers import load_records
+from sft_nb.split import split_records
 from sft_nb.tokenizer import get_gpt2_tokenizer
 from sft_nb.rows import encode_prompt
 from sft_nb.model import ModelConfig

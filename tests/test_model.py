@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch.testing import assert_close
 
-from sft_nb import __version__, decoder, fetch, saving
+from sft_nb import __version__, fetch, flex, saving
 from sft_nb import gguf_file as GF
 from sft_nb.basics import InputError, load_json, save_json
 from sft_nb.rows import Example
@@ -213,7 +213,7 @@ def test_flex_attention(kind, shape, monkeypatch):
     model.shortcuts = Shortcuts(attention='flex')
     with pytest.raises(InputError, match="'flex' has no derivative on a CPU"): compare_with_naive(model, batch)
     monkeypatch.setattr(flex_attention, '_validate_device', lambda *_: None)
-    monkeypatch.setattr(decoder, '_trains_flex', lambda device: True)
+    monkeypatch.setattr(flex, '_trains_flex', lambda device: True)
     for recompute in (False, True):
         model.shortcuts.recompute = recompute
         if recompute and model.cfg.score_cap:
@@ -228,7 +228,7 @@ def test_compiled_flex_attention(monkeypatch):
     "The compiled kernel looks at the listed blocks only, so a block that is missing there would show"
     from torch.nn.attention.flex_attention import flex_attention
     compiled = torch.compile(flex_attention, dynamic=False)
-    monkeypatch.setattr(decoder, '_flex', lambda _: compiled)
+    monkeypatch.setattr(flex, '_flex', lambda _: compiled)
     torch.manual_seed(2)
     for kind in ('window', 'llama'):
         model = Decoder(TOYS[kind])
