@@ -6,7 +6,7 @@
 __all__ = ['Receipt', 'book_row', 'book_kept', 'check_balance', 'receipt_text', 'EncodePlan', 'buffer_types', 'RowWriter',
            'stream_records', 'encode_all', 'cache_name', 'open_rows', 'load_or_encode', 'FlatRows']
 
-# %% ../nbs/01d_encoding.ipynb #e58e8b6e
+# %% ../nbs/01d_encoding.ipynb #08d593de
 import hashlib
 import math
 import os
