@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from .basics import InputError, shorten
-from .machine import free_bytes
+from .machine import free_memory
 from .rows import encode_prompt
-from .collate import collate_prompts
+from .batches import collate_prompts
 from .attention import KVCache
 
 # %% ../nbs/04o_generation.ipynb #5eeed499
@@ -206,7 +206,7 @@ def plan_rows(
     apart = P if P>SHORT else 0
     n_slots = max(P, max(min(len(p) + max_new, c.max_length) for p in prompts) - apart)
     slot = 2*(c.n_layers + 1)*c.n_kv_heads*c.head_dim*weight.element_size()
-    budget = free_bytes(weight.device)/4 if memory_gib is None else memory_gib*2**30
+    budget = free_memory(weight.device)/4 if memory_gib is None else memory_gib*2**30
     fit = int(budget/slot - P)//n_slots
     if fit<1:
         raise InputError(f"generate: keys and values of one row of {n_slots} tokens take {n_slots*slot/2**30:.2f} GiB, "

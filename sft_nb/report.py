@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 from .basics import InputError, save_json, write_atomic
-from .evaluation import (
-    METRICS, load_meta, load_responses, prompt_and_reference, response_health, row_ids, score_responses)
+from .responses import load_meta, load_responses, prompt_and_reference, row_ids
+from .scores import METRICS, response_health, score_responses
 from .comparison import agree, compare_scores, score_interval
 from .judge import judge_file, judge_pair_files, load_points
 

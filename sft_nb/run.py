@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 from .basics import InputError, differences, save_json, write_atomic
-from .machine import choose_dtype, describe_allocator, peak_memory_gib
-from .collate import lay_flat
+from .machine import choose_dtype, describe_allocator, peak_memory
+from .batches import lay_flat
 from .flex import check_trains
 from .lora import adapted
 from .optimizer import FlatAdamW
@@ -107,7 +107,7 @@ def make_step(
     norm = self.optimizer.step(lr, 1/targets)
     self.step += 1
     self.note(StepLog(self.step, self.step/self.per_epoch, loss/targets, lr, norm, int(tokens), targets, padding/len(indices),
-        tokens/(time.perf_counter()-begun), peak_memory_gib(self.device)))
+        tokens/(time.perf_counter()-begun), peak_memory(self.device)/2**30))
     return asked>0
 
 Run.make_step = make_step

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from .basics import InputError
-from .collate import batch_order, lay_flat
+from .batches import batch_order, lay_flat
 from .attention import ATTENTION, Shortcuts
 from .decoder import batch_loss, compile_blocks
 
