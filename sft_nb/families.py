@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .basics import InputError, near_misses
 from .model import ModelConfig
+from .positions import check_scaling
 
 # %% ../nbs/04g_families.ipynb #3ee253af
 ACT_NAMES = dict(silu='silu', swish='silu', gelu='gelu', gelu_new='gelu_tanh', gelu_pytorch_tanh='gelu_tanh',
@@ -137,7 +138,10 @@ def config_from_hf(
     if packed:=hf.get('quantization_config'):
         how = packed.get('quant_method') if isinstance(packed, dict) else packed
         raise InputError(f"{where}: weights are packed, got {how!r}; use the plain model or a GGUF file")
-    try: return ModelConfig(**READERS[kind](hf), hf=hf)
+    try:
+        cfg = ModelConfig(**READERS[kind](hf), hf=hf)
+        check_scaling(cfg)
+        return cfg
     except KeyError as e: raise InputError(f"{where}: {e} is missing; fetch the file again") from None
     except InputError as e: raise InputError(f"{where}: {e}") from None
     except (TypeError, AttributeError, ValueError, ArithmeticError) as e:

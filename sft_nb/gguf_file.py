@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from .basics import InputError
-from .model import ModelConfig, rope_frequencies
+from .model import ModelConfig
+from .positions import rope_frequencies
 from .decoder import Decoder
 from .families import CLASSES, config_from_hf, hf_names
 
