@@ -7,14 +7,14 @@ __all__ = ['Run', 'make_step', 'check', 'judge', 'keep_best', 'take_best', 'save
            'train']
 
 # %% ../nbs/05e_run.ipynb #9df8c003
-import hashlib, os, sys, time
+import os, sys, time
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from .basics import InputError, differences, save_json, write_atomic
+from .basics import InputError, differences, fingerprint, save_json, write_atomic
 from .machine import choose_dtype, describe_allocator, peak_memory
 from .batches import lay_flat
 from .flex import check_trains
@@ -59,7 +59,7 @@ class Run:
         told = {f'{part}.{k}': v for part,d in settings.items() for k,v in asdict(d).items()}
         return {k: v for k,v in told.items() if k not in _TOLD_ELSEWHERE} | dict(
             training_rows=rows_fingerprint(self.train_rows), validation_rows=rows_fingerprint(self.val_rows),
-            trained_weights=hashlib.sha256(repr(trained).encode()).hexdigest()[:16],
+            trained_weights=fingerprint(repr(trained)),
             frozen_weights=frozen_fingerprint(self.model))
 
     def begin(self, dtype):
