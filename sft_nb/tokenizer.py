@@ -20,7 +20,7 @@ from pathlib import Path
 import tiktoken
 import tokenizers
 
-from .basics import InputError, load_json, save_json, shorten, write_atomic
+from .basics import InputError, fingerprint, load_json, save_json, shorten, write_atomic
 
 # %% ../nbs/01b_tokenizer.ipynb #28f49070
 GPT2_FILES = files('sft_nb')/'gpt2_bpe'
@@ -178,7 +178,7 @@ def fingerprint_of(
     parts, # Anything whose `repr` is the same in every process
 )->str: # 16 hex digits
     "A short hash of `parts`"
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+    return fingerprint(repr(parts))
 
 # %% ../nbs/01b_tokenizer.ipynb #25a15667
 def get_gpt2_tokenizer(
