@@ -22,7 +22,8 @@ from sft_nb.tokenizer import (
     tokenizer_from_file)
 from sft_nb.rows import LEARNED, STOP, encode_prompt, encode_record, encode_rows, fit_row, missing_tokens
 from sft_nb.encoding import EncodePlan, encode_all
-from sft_nb.dataset import InstructionDataset, wrong_rows
+from sft_nb.dataset import InstructionDataset
+from sft_nb.audit import wrong_rows
 
 ROOT = Path(__file__).parent.parent
 quick = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
@@ -601,7 +602,8 @@ def test_pickled_rows_map_the_same_files(tmp_path):
 
 SCALE = """
     import itertools, resource, sys, time
-    from sft_nb.data import load_records, default_data_file, Record, Message
+    from sft_nb.data import Message, Record
+    from sft_nb.readers import default_data_file, load_records
     from sft_nb.dataset import InstructionDataset
     base = load_records(default_data_file())
     words = ' '.join(r.output for r in base)

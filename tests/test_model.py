@@ -17,7 +17,7 @@ from sft_nb.batches import collate_examples, collate_prompts
 from sft_nb.model import ModelConfig
 from sft_nb.attention import KVCache, Shortcuts
 from sft_nb.decoder import Decoder, batch_loss, compare_with_naive, gradients_of, naive_loss
-from sft_nb.families import READERS, file_parts, hf_tensors
+from sft_nb.families import FAMILIES, file_parts, hf_tensors
 from sft_nb.fetch import fetch_default_model
 from sft_nb.loading import load_model
 from sft_nb.saving import generation_settings, resize_vocab, save_model
@@ -71,7 +71,6 @@ def random_config(family, rng):
         rope_parameters=dict(full_attention=dict(rope_type='linear', factor=8., rope_theta=1e6), sliding_attention=dict(rope_type='default', rope_theta=1e4)))
 
 
-FAMILIES = list(READERS)
 
 def random_model(family, seed):
     "A random small `transformers` model in float32 whose biases and norms are random as well"
