@@ -18,7 +18,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from .basics import InputError, load_json, near_misses, read_text, save_json, shorten, write_atomic
 from .data import Message, Record
-from .templates import PLACES, TEXT_TEMPLATES, Segment, Template, TextTemplate, tidy_segments
+from .templates import PLACES, Segment, TEXT_TEMPLATES, Template, TextTemplate, tidy_segments
 
 # %% ../nbs/01a_chat.ipynb #6c168fce
 _chatml = """{% for m in messages %}

@@ -19,8 +19,8 @@ import tiktoken
 import tokenizers
 
 from .basics import InputError, load_json, save_json, shorten, write_atomic
-from .chat import named_tokens
 from .gpt2 import END_OF_TEXT, GPT2_FILES, GPT2_SHA256, read_gpt2_file
+from .chat import named_tokens
 
 # %% ../nbs/01b_tokenizer.ipynb #01b959b4
 class Tokenizer:
