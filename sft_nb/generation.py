@@ -19,6 +19,7 @@ from .basics import InputError, shorten
 from .machine import free_memory
 from .rows import encode_prompt
 from .batches import collate_prompts
+from .positions import rope_limit
 from .attention import KVCache
 
 # %% ../nbs/04o_generation.ipynb #5eeed499
@@ -399,7 +400,7 @@ class _Loop:
         c,self.how,self.plan,self.device = model.cfg,how,plan,model.embed.weight.device
         self.tokenizer,self.stop_ids,self.stop_strings = tokenizer,stop_ids,stop_strings
         self.ready,self.rows,self.prefix = Ready(model),[],prompts[0][:plan.n_prefix]
-        self.limits = sorted({min(c.rope_limit, c.max_length), c.max_length})
+        self.limits = sorted({min(rope_limit(c), c.max_length), c.max_length})
         self.piece = max(16, min(READ_TOKENS, 2**25//(c.n_heads*plan.n_slots)))
         chance = dict(generator=generator, device=generator.device) if generator else {}
         seeds = torch.randint(2**62, (len(prompts),), **chance).tolist() if how.temperature else None
