@@ -94,9 +94,10 @@ def check_fields(
     "Raise `InputError` for the first field that breaks its type or its rule; called in `__post_init__`"
     for f in fields(settings):
         value = getattr(settings, f.name)
-        kinds = f.type.__args__ if isinstance(f.type, UnionType) else (f.type,)
+        kinds = {*f.type.__args__} if isinstance(f.type, UnionType) else {f.type}
         if value is None and type(None) in kinds: continue
-        need = broken_rule(value, kinds[0], f.metadata.get('rule', {}))
+        kind, *more = kinds - {type(None)}
+        need = broken_rule(value, object if more else kind, f.metadata.get('rule', {}))
         if need:
             raise InputError(f"{type(settings).__name__}: {f.name} must be {need}, got {value!r}; change {f.name}")
 
