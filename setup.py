@@ -13,7 +13,7 @@ setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'].split(),
     author=cfg['author'], author_email=cfg['author_email'], url=cfg['git_url'], license='Apache-2.0',
     long_description=(HERE/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
-    packages=find_packages(include=['sft_nb*']), package_data={'sft_nb': ['gpt2_bpe/*']}, include_package_data=True,
+    packages=find_packages(include=['sft_nb*']), package_data={'sft_nb': ['gpt2_bpe/*', 'py.typed']}, include_package_data=True,
     python_requires=f">={cfg['min_python']}", install_requires=shlex.split(cfg['requirements']),
     extras_require={'dev': shlex.split(cfg['dev_requirements'])} |
         {name.removeprefix('extra_'): shlex.split(cfg[name]) for name in cfg if name.startswith('extra_')},

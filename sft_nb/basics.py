@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['InputError', 'shorten', 'near_misses', 'check_choice', 'rule', 'broken_rule', 'check_fields', 'open_bytes',
-           'decode_text', 'read_text', 'CutOffError', 'parse_json', 'write_atomic', 'save_json', 'load_json',
-           'file_sha256', 'fingerprint', 'differences', 'lock_file']
+           'decode_text', 'read_text', 'CutOffError', 'parse_json', 'write_atomic', 'json_text', 'save_json',
+           'load_json', 'file_sha256', 'fingerprint', 'differences', 'lock_file', 'Groups']
 
 # %% ../nbs/00_basics.ipynb #21fc6366
 import gzip, hashlib, json, math, os, re, reprlib, sys, tempfile, zlib
@@ -212,7 +212,7 @@ def write_atomic(
         raise
 
 # %% ../nbs/00_basics.ipynb #017962ca
-def _json_text(obj, indent):
+def json_text(obj, indent):
     try:
         text = json.dumps(obj, indent=indent, ensure_ascii=False, allow_nan=False)
         if not text.isascii() and re.search('[\ud800-\udfff]', text): return json.dumps(obj, indent=indent)
@@ -227,7 +227,7 @@ def save_json(
     indent:int|None=4, # Spaces per level; None: all on one line
 ):
     "Write `obj` as JSON, whole or not at all"
-    write_atomic(path, _json_text(obj, indent)+'\n')
+    write_atomic(path, json_text(obj, indent)+'\n')
 
 # %% ../nbs/00_basics.ipynb #a2101c2d
 def load_json(
@@ -243,6 +243,7 @@ def load_json(
 def file_sha256(
     path, # A file
 )->str: # SHA-256 in hex
+    "The hash of a file, read in pieces"
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
 # %% ../nbs/00_basics.ipynb #983c7b0f
@@ -275,3 +276,27 @@ def lock_file(
     try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise InputError(f"{path}: another run is writing to it; wait for it, or choose another file") from None
+
+# %% ../nbs/00_basics.ipynb #25adf89d
+class Groups:
+    "Rows in groups that grow by joining"
+    def __init__(self,
+        n:int, # Rows, each a group of its own at first
+    ): self.parent = list(range(n))
+
+    def root(self, i):
+        "The first row of the group that `i` is in"
+        while self.parent[i]!=i: self.parent[i] = i = self.parent[self.parent[i]]
+        return i
+
+    def join(self, i, j):
+        "Make the groups of `i` and `j` one; False if they were"
+        i, j = sorted((self.root(i), self.root(j)))
+        self.parent[j] = i
+        return i!=j
+
+    def lists(self):
+        "The groups as ascending lists, each row in exactly one"
+        groups = {}
+        for i in range(len(self.parent)): groups.setdefault(self.root(i), []).append(i)
+        return list(groups.values())

@@ -17,8 +17,9 @@ from functools import partial
 from pathlib import Path
 from . import __version__
 from .basics import InputError, load_json, save_json
-from .data import Message, Record, default_data_file, load_records, split_records, summarize_records
-from .machine import choose_device
+from .data import Message, Record, summarize_records
+from .readers import default_data_file, load_records
+from .split import split_records
 from .templates import TextTemplate, get_template, template_names
 
 # %% ../nbs/07a_cli.ipynb #1a2a2e10
@@ -140,7 +141,8 @@ def open_model(
     say=print, # Where progress goes
 )->tuple: # `Loaded`, the template, and the ids that were added to the vocabulary for it
     "Load the model, and settle which template it is asked in"
-    from sft_nb.loading import load_model
+    from sft_nb.machine import choose_device
+    from sft_nb.loading import load_model # torch is not for a quick --help
     device, loaded = choose_device(args.device), load_model(args.model)
     template = choose_template(loaded, args.template, args.force_template)
     loaded, added = fit_vocabulary(loaded, template, say)
@@ -166,7 +168,7 @@ def fit_vocabulary(
 )->tuple: # `loaded` with a tokenizer that knows every control token of `template`, and the ids that were added
     "Add the control tokens that `template` prints and the tokenizer of `loaded` does not have"
     from sft_nb.rows import missing_tokens
-    from sft_nb.loading import resize_vocab
+    from sft_nb.saving import resize_vocab
     if loaded.tokenizer is None: raise InputError(f"{loaded.source}: has no tokenizer.json; save the tokenizer into the folder")
     missing = missing_tokens(template, loaded.tokenizer)
     if not missing: return loaded, ()
@@ -211,7 +213,7 @@ def train_config(
     args, # Parsed options of the groups model and train
 ): # `TrainConfig`
     "The training settings: those asked for, and the defaults of `TrainConfig` for the rest"
-    from sft_nb.run import TrainConfig
+    from sft_nb.steps import TrainConfig
     asked = {f.name: getattr(args, f.name, None) for f in fields(TrainConfig)}
     return TrainConfig(**{name: value for name,value in asked.items() if value is not None})
 
@@ -225,7 +227,8 @@ def answer(
 )->list: # Rows of the responses file
     "Answer `records` greedily, batch by batch, into a file"
     from sft_nb.generation import answer_records
-    from sft_nb.evaluation import answer_file, load_meta, response_health
+    from sft_nb.responses import answer_file, load_meta
+    from sft_nb.scores import response_health
     check_questions(job, records, args)
     loaded, start = job.loaded, time.perf_counter()
     settings = dict(model=loaded.source, model_fingerprint=loaded.fingerprint, template=job.template.name,
@@ -293,9 +296,13 @@ def train_model(
     say=print, # Where progress goes
 ): # `TrainLog`
     "Train and save the model, its log and its plot under `out`; with `args.resume` go on where a run stopped"
-    from sft_nb.loading import load_model, save_model
+    from sft_nb.machine import choose_device
+    from sft_nb.loading import load_model
+    from sft_nb.saving import save_model
     from sft_nb.lora import merge_lora
-    from sft_nb.run import load_log, plot_losses, train
+    from sft_nb.steps import load_log
+    from sft_nb.run import train
+    from sft_nb.watch import plot_losses
     if not (out/'model').exists():
         (cfg, rows, val_rows), model = checked, job.loaded.model
         out.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from .basics import InputError
-from .evaluation import Scores
+from .scores import Scores
 
 # %% ../nbs/06c_comparison.ipynb #3abe2602
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 from .basics import InputError, shorten
-from .data import load_rows
-from .evaluation import Scores, load_meta, load_responses, prompt_and_reference, words
+from .readers import load_rows
+from .responses import load_meta, load_responses, prompt_and_reference
+from .scores import Scores, words
 from .comparison import Interval, agree, auc, mean_interval
 from .server import Server
 from .verdicts import Judge, Ledger, Question, ask_all, judge_prompt, preflight

@@ -14,8 +14,8 @@ from typing import Iterator, NamedTuple
 
 import numpy as np
 
-from .basics import InputError, shorten
-from .data import Groups, Record, as_records, prompt_key
+from .basics import Groups, InputError, shorten
+from .data import Record, as_records, prompt_key
 
 # %% ../nbs/00b_lint.ipynb #6ddbc1fd
 _markers = re.compile(r'<\|[^|<>\s]{1,40}\|>|\[/?INST\]|<</?SYS>>|</?s>|<(start|end)_of_turn>|'

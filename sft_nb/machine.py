@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['get_default_device', 'choose_device', 'product_secs', 'choose_dtype', 'find_tcmalloc', 'describe_allocator',
-           'free_bytes', 'memory_gib', 'container_gib', 'peak_memory_gib']
+           'free_memory', 'peak_memory']
 
 # %% ../nbs/00c_machine.ipynb #109c2de2
 import ctypes.util, math, os, sys, time
@@ -75,54 +75,48 @@ def describe_allocator()->str: # For people
     better = find_tcmalloc() or 'libtcmalloc_minimal.so.4 (Debian, Ubuntu: libtcmalloc-minimal4)'
     return f"the C library's own; steps are faster with LD_PRELOAD={better}"
 
+# %% ../nbs/00c_machine.ipynb #2a04819c
+def _numbers(path):
+    "A system's table of a name and a number a line"
+    rows = [line.replace(':', ' ').split() for line in path.read_text().splitlines()]
+    return {row[0]: int(row[1]) for row in rows}
+
+# %% ../nbs/00c_machine.ipynb #809b097b
+def _machine_bytes(system):
+    "What the machine says is available; where it says nothing, all that is built in, or 4 GiB"
+    try: return _numbers(system/'proc/meminfo')['MemAvailable']*1024
+    except (OSError, KeyError): pass
+    if hasattr(os, 'sysconf'): return os.sysconf('SC_PHYS_PAGES')*os.sysconf('SC_PAGE_SIZE')
+    return 4*2**30
+
+# %% ../nbs/00c_machine.ipynb #45a49130
+def _container_bytes(system):
+    "What a container may still take: its limit less what it holds, copies of files apart; infinite without a limit"
+    group = system/'sys/fs/cgroup'
+    try:
+        limit = (group/'memory.max').read_text().strip()
+        if limit=='max': return math.inf
+        held = int((group/'memory.current').read_text())
+        files = _numbers(group/'memory.stat')
+        return int(limit) - held + files['active_file'] + files['inactive_file']
+    except (OSError, KeyError): return math.inf
+
 # %% ../nbs/00c_machine.ipynb #0d7b1399
-def free_bytes(
-    device, # Where
+def free_memory(
+    device:str|torch.device='cpu', # Where
     system:str='/', # Where Linux tells what it has
 )->int: # Bytes
     "Memory that can still be had on `device`, within the limit of a container"
     if torch.device(device).type=='cuda': return torch.cuda.mem_get_info(device)[0]
-    free,group = [],Path(system)/'sys/fs/cgroup'
-    table = lambda path: {l.split()[0].rstrip(':'): int(l.split()[1]) for l in path.read_text().splitlines()}
-    try:
-        free.append(table(Path(system)/'proc/meminfo')['MemAvailable']*1024)
-        used,files = int((group/'memory.current').read_text()),table(group/'memory.stat')
-        limit = (group/'memory.max').read_text().strip()
-        if limit!='max': free.append(int(limit) - used + files['active_file'] + files['inactive_file']) # copies of files make room
-    except (OSError, KeyError): pass
-    return min(free, default=4*2**30)
+    return min(_machine_bytes(Path(system)), _container_bytes(Path(system)))
 
-# %% ../nbs/00c_machine.ipynb #ecb366c2
-def memory_gib(
-    device='cpu', # Where the model is
-)->float: # GiB that can still be had
-    "Memory available now, container limits included where Linux tells them"
-    if torch.device(device).type=='cuda': return torch.cuda.mem_get_info(device)[0]/2**30
-    free = [container_gib()]
-    try:
-        lines = Path('/proc/meminfo').read_text().splitlines()
-        free.append(int(next(l for l in lines if l.startswith('MemAvailable')).split()[1])/2**20)
-    except (OSError, StopIteration): pass
-    if min(free)==math.inf and hasattr(os, 'sysconf'): free.append(os.sysconf('SC_PHYS_PAGES')*os.sysconf('SC_PAGE_SIZE')/2**30)
-    return min(free)
-
-# %% ../nbs/00c_machine.ipynb #70070962
-def container_gib(
-    folder='/sys/fs/cgroup', # Where Linux keeps a container's accounts
-)->float: # GiB; infinite without a limit
-    "What a container may still take: its limit less what it holds; copies of files do not count, they are given up when memory is wanted"
-    try: limit,used,rest = ((Path(folder)/f'memory.{x}').read_text().strip() for x in ('max', 'current', 'stat'))
-    except OSError: return math.inf
-    if limit=='max': return math.inf
-    files = sum(int(l.split()[1]) for l in rest.splitlines() if l.startswith('inactive_file '))
-    return (int(limit)-int(used)+files)/2**30
-
-# %% ../nbs/00c_machine.ipynb #58e9c1dd
-def peak_memory_gib(
-    device='cpu', # Whose memory: a GPU's, or else this process's
-)->float: # GiB
+# %% ../nbs/00c_machine.ipynb #fc35aef3
+def peak_memory(
+    device:str|torch.device='cpu', # Whose memory: a GPU's, or else this process's
+)->int: # Bytes; 0 where the system does not tell
     "Most memory held at any moment so far"
-    if torch.device(device).type=='cuda': return torch.cuda.max_memory_allocated(device)/2**30
-    try: import resource
-    except ImportError: return 0.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**30 if sys.platform=='darwin' else 2**20)
+    if torch.device(device).type=='cuda': return torch.cuda.max_memory_allocated(device)
+    try: import resource # not on Windows
+    except ImportError: return 0
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform=='darwin' else used*1024 # Linux counts in KiB

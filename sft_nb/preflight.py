@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from .basics import InputError
-from .machine import choose_dtype, memory_gib, peak_memory_gib
+from .machine import choose_dtype, free_memory, peak_memory
 from .optimizer import FlatAdamW
-from .run import (
+from .steps import (
     TrainConfig, accumulate, block_options, micro_batches, plain_parts, run_bytes, step_rows, validate)
 
 # %% ../nbs/05g_preflight.ipynb #d229d0e3
@@ -189,7 +189,7 @@ def expect_time(
     tokens = sum(len(r.ids)-1 for r in rows)*cfg.epochs
     secs = tokens*trial.secs/trial.n_tokens
     return Finding('ok', 'time', f'about {secs/60:.1f} minutes at {trial.n_tokens/trial.secs:,.0f} tokens/s in {trial.dtype}, validation aside; '
-                   f'at most {peak_memory_gib(device):.1f} GiB so far')
+                   f'at most {peak_memory(device)/2**30:.1f} GiB so far')
 
 def report_padding(
     trial:Trial, # From `try_batch`
@@ -213,7 +213,7 @@ def preflight(
     cfg = replace(cfg, dtype=str(choose_dtype(cfg.dtype, device)[0]).removeprefix('torch.'))
     size,fine = cfg.micro_batch_size or cfg.batch_size,lambda: all(f.grade!='bad' for f in found)
     if fine():
-        found += [check_labels(rows, tokenizer), check_stop(rows, stop_ids, tokenizer), check_memory(model, memory_gib(device), cfg)]
+        found += [check_labels(rows, tokenizer), check_stop(rows, stop_ids, tokenizer), check_memory(model, free_memory(device)/2**30, cfg)]
         if len(val_rows): found.append(check_validation(rows, val_rows))
     try:
         if fine(): found.append(check_first_loss(model, rows, size))

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 from .basics import InputError, save_json, write_atomic
-from .evaluation import (
-    METRICS, load_meta, load_responses, prompt_and_reference, response_health, row_ids, score_responses)
+from .responses import load_meta, load_responses, prompt_and_reference, row_ids
+from .scores import METRICS, response_health, score_responses
 from .comparison import agree, compare_scores, score_interval
 from .judge import judge_file, judge_pair_files, load_points
 
@@ -265,7 +265,7 @@ def draw_pictures(
     "The pictures of a report"
     made = {}
     if log is not None:
-        from sft_nb.run import plot_losses
+        from sft_nb.watch import plot_losses
         made['loss.png'] = 'Training and validation loss', plot_losses(log)
     if before is not None:
         made['pictures/differences.png'] = 'What rows gained (blue) or lost (orange)', plot_differences(before, after)

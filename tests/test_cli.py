@@ -37,7 +37,7 @@ def home(tmp_path_factory):
     from sft_nb.tokenizer import get_gpt2_tokenizer
     from sft_nb.decoder import Decoder
     from sft_nb.families import config_from_hf
-    from sft_nb.loading import save_model
+    from sft_nb.saving import save_model
     path = tmp_path_factory.mktemp('home')
     torch.manual_seed(7)
     save_model(path/'tiny', Decoder(config_from_hf(TINY)), get_gpt2_tokenizer())

@@ -8,14 +8,16 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from torch.utils.data import DataLoader
 
 from sft_nb.basics import InputError
-from sft_nb.data import default_data_file, load_records, split_records
+from sft_nb.readers import default_data_file, load_records
+from sft_nb.split import split_records
 from sft_nb.tokenizer import get_gpt2_tokenizer
 from sft_nb.rows import Example
 from sft_nb.dataset import InstructionDataset
-from sft_nb.collate import (
-    EpochSampler, MIN_PREFIX, batch_order, collate_examples, collate_packs, collate_prompts,
-    custom_collate_fn, epoch_order, make_loaders, pack_rows, packed_batches, padding_share, row_mask,
-    to_varlen, windowed_batches)
+from sft_nb.collate import custom_collate_fn
+from sft_nb.batches import (
+    EpochSampler, MIN_PREFIX, batch_order, collate_examples, collate_prompts, epoch_order, make_loaders)
+from sft_nb.packing import (
+    collate_packs, pack_rows, packed_batches, padding_share, row_mask, to_varlen, windowed_batches)
 
 quick = settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 SPLIT = split_records(load_records(default_data_file()))

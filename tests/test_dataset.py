@@ -9,16 +9,18 @@ import tokenizers
 import transformers
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-import sft_nb.dataset as ds
+import sft_nb.encoding as ds
 from sft_nb.basics import InputError
-from sft_nb.data import Message, Record, as_records, default_data_file, load_records
+from sft_nb.data import Message, Record, as_records
+from sft_nb.readers import default_data_file, load_records
 import sft_nb.rows as rows
 from sft_nb.templates import get_template, render_prompt, render_record, save_template, template_names
 from sft_nb.tokenizer import (
     GPT2_FILES, JsonTokenizer, as_tokenizer, bpe_tokenizer, get_gpt2_tokenizer, gpt2_as_json, set_start,
     tokenizer_from_file)
 from sft_nb.rows import LEARNED, STOP, encode_prompt, encode_record, encode_rows, fit_row, missing_tokens
-from sft_nb.dataset import InstructionDataset, Plan, encode_all, wrong_rows
+from sft_nb.encoding import EncodePlan, encode_all
+from sft_nb.dataset import InstructionDataset, wrong_rows
 
 ROOT = Path(__file__).parent.parent
 quick = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
@@ -92,7 +94,7 @@ def test_gpt2_needs_no_network_and_no_cache(tmp_path):
 def test_gpt2_equals_the_original_construction():
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
     ranks = data_gym_to_mergeable_bpe_ranks(str(GPT2_FILES/'vocab.bpe'), str(GPT2_FILES/'encoder.json'))
-    assert ranks==ds.get_gpt2_tokenizer().enc._mergeable_ranks
+    assert ranks==get_gpt2_tokenizer().enc._mergeable_ranks
 
 
 @quick
@@ -408,7 +410,7 @@ def test_an_input_is_cut_before_its_instruction(n_asked, n_given, n_lost, templa
     own = lambda r: [i for s,ids in zip(r.segments, r.ids) if s.role=='user' for i in ids]
     if fitted is None: assert n_lost>=len(own(row)) and reason=='no room for the prompt'
     else: assert own(fitted)==own(row)[:-n_lost] and CHAT.decode(own(fitted)).startswith(' a')
-    view = ds.view_record(record, template, CHAT, max_length=len(row)-n_lost, over_long='cut_prompt')
+    view = rows.view_record(record, template, CHAT, max_length=len(row)-n_lost, over_long='cut_prompt')
     if fitted: assert [i for i,_,kind in view.tokens if kind!='cut']==[i for ids in fitted.ids for i in ids]
 
 
@@ -420,9 +422,9 @@ def test_a_long_input_keeps_its_instruction(template):
 
 
 @quick
-@given(st.integers(2, 200), st.sampled_from(['cut_prompt', 'cut_answer', 'drop']), st.sampled_from(ds.LOSS_ON), st.integers(1, 60))
+@given(st.integers(2, 200), st.sampled_from(['cut_prompt', 'cut_answer', 'drop']), st.sampled_from(rows.LOSS_ON), st.integers(1, 60))
 def test_receipt_balances(limit, policy, loss_on, piece):
-    plan = Plan(get_template('chatml'), CHAT, loss_on, limit, policy, 'drop')
+    plan = EncodePlan(get_template('chatml'), CHAT, loss_on, limit, policy, 'drop')
     writer = ds.RowWriter(CHAT.n_vocab)
     try: receipt = encode_all(iter(CHATS), plan, writer, piece)
     except InputError as e:
@@ -472,7 +474,7 @@ def test_the_scratchpads_lists_for_every_row():
 @given(texts)
 def test_views_hold_no_raw_control_characters(text):
     record = as_records([{'instruction': text, 'input': '', 'output': '\x1b]0;x\x07<b>'+text}])[0]
-    view = ds.view_record(record, 'alpaca', CHAT)
+    view = rows.view_record(record, 'alpaca', CHAT)
     import re
     bare = re.sub(r'\x1b\[[0-9;]*m', '', str(view))
     assert all(c.isprintable() or c=='\n' for c in bare)

@@ -39,7 +39,8 @@ def main(folder):
     import torch
     sys.path[:0] = [str(HERE), str(HERE.parent)]
     from test_training import CFG, DATA, tiny
-    from sft_nb.loading import load_model, save_model
+    from sft_nb.loading import load_model
+    from sft_nb.saving import save_model
     from sft_nb.lora import LoraConfig, add_lora, merge_lora
     from sft_nb.generation import generate
     from sft_nb.run import train

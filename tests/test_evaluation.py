@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from sft_nb.basics import InputError
-from sft_nb.evaluation import (
-    METRICS, Scores, answer_file, exact_loose, load_embedder, load_meta, load_responses, novel_recall,
-    number_agreement, numbers_in, response_rows, row_ids, save_responses, score_responses, words)
+from sft_nb.responses import answer_file, load_meta, load_responses, response_rows, row_ids, save_responses
+from sft_nb.scores import (
+    METRICS, Scores, exact_loose, load_embedder, novel_recall, number_agreement, numbers_in, score_responses,
+    words)
 from sft_nb.comparison import (
     Interval, _level, agree, auc, compare_scores, mean_interval, score_interval, weighted_kappa)
 from sft_nb.report import md_cell, md_table, report_data, report_html, visible, write_report
@@ -76,7 +77,7 @@ def kill_when_grown(run, path, n_lines):
 
 RUN = '''
 import sys, time; sys.path.insert(0, {root!r})
-from sft_nb.evaluation import answer_file
+from sft_nb.responses import answer_file
 def answer(batch):
     time.sleep(0.02)
     open({log!r}, 'a').write(''.join(r.instruction+'\\n' for r in batch))
@@ -173,7 +174,7 @@ def test_chrf_is_sacrebleus():
 
 def test_padding_an_answer_with_guesses_is_visible():
     "Recall alone rewards a list of guesses; the length ratio beside it tells"
-    from sft_nb.evaluation import response_health
+    from sft_nb.scores import response_health
     rows = response_rows([{'instruction': 'Capital of Norway?', 'input': '', 'output': 'It is Oslo.'}]*12, ['Rome Paris Bern Oslo Riga Kyiv is it']*12)
     assert novel_recall('Capital of Norway?', 'It is Oslo.', rows[0]['model_response']) == 100
     assert response_health(rows).length_ratio > 2

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from sft_nb import generation
-from sft_nb.data import load_records, split_records
+from sft_nb.readers import load_records
+from sft_nb.split import split_records
 from sft_nb.tokenizer import get_gpt2_tokenizer
 from sft_nb.rows import encode_prompt
 from sft_nb.model import ModelConfig
@@ -265,7 +266,7 @@ def default():
     "The default model, ours and in transformers, and the prompts of the test part"
     loaded = load_model()
     records = split_records(load_records(ROOT/'data/sft/train/instruction-data.json')).test
-    from sft_nb.loading import save_model
+    from sft_nb.saving import save_model
     import tempfile
     with tempfile.TemporaryDirectory() as d:
         save_model(Path(d)/'m', loaded.model)

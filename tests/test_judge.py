@@ -16,7 +16,7 @@ from scripted_server import Scripted, fair_level
 from test_evaluation import kill_when_grown
 
 from sft_nb.basics import InputError
-from sft_nb.evaluation import answer_file, load_responses, save_responses
+from sft_nb.responses import answer_file, load_responses, save_responses
 from sft_nb.server import Server, first_reply, respond_file, server_answers
 from sft_nb.verdicts import (
     FINAL, JudgeStopped, get_protocol, judge_prompt, preflight, quote, read_cut_verdict, read_verdict)
@@ -390,7 +390,8 @@ def real_file(folder, n=10):
 @pytest.mark.slow
 def test_transformers_serve_judges_and_fails_the_exam(tmp_path):
     "The default model, saved by us and served by transformers: typed decisions and text; it must be found unfit"
-    from sft_nb.loading import load_model, save_model
+    from sft_nb.loading import load_model
+    from sft_nb.saving import save_model
     loaded = load_model()
     save_model(tmp_path/'dense', loaded.model, loaded.tokenizer, loaded.template)
     del loaded

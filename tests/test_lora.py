@@ -1,5 +1,4 @@
 "Adapters against the peft library, in both directions, and what a notebook cell cannot hold."
-import math
 
 import pytest
 import torch
@@ -7,14 +6,17 @@ from torch import nn
 
 from sft_nb.basics import InputError, load_json, save_json
 from sft_nb.rows import Example
-from sft_nb.collate import collate_examples
+from sft_nb.batches import collate_examples
 from sft_nb.decoder import batch_loss
-from sft_nb.loading import load_model, save_model
+from sft_nb.loading import load_model
+from sft_nb.saving import save_model
 from sft_nb.lora import (
-    LoraConfig, Share, adapted, add_lora, find_targets, load_adapter, merge_lora, quantize_base, remove_lora,
-    save_adapter, trainable_share, unmoved_tokens)
+    LoraConfig, Share, adapted, add_lora, find_targets, merge_lora, remove_lora, trainable_share,
+    unmoved_tokens)
+from sft_nb.adapters import load_adapter, quantize_base, save_adapter
 from sft_nb.generation import generate, generate_naive
-from sft_nb.run import Run, TrainConfig, World, describe_run, train
+from sft_nb.steps import TrainConfig, World, describe_run
+from sft_nb.run import Run, train
 
 transformers, peft = pytest.importorskip('transformers'), pytest.importorskip('peft')
 torch.set_num_threads(1)

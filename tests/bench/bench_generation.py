@@ -33,9 +33,11 @@ MAIN = [r for d in ('fp32', 'bf16') for r in (f'ours_{d}', *(f'hf_{d}_{n}' for n
 def prepare(work, model):
     "The model as a folder, and the prompts as ids"
     sys.path.insert(0, str(ROOT))
-    from sft_nb.data import default_data_file, load_records, split_records
+    from sft_nb.readers import default_data_file, load_records
+    from sft_nb.split import split_records
     from sft_nb.rows import encode_prompt
-    from sft_nb.loading import load_model, save_model
+    from sft_nb.loading import load_model
+    from sft_nb.saving import save_model
     loaded = load_model(model)
     folder = work/'smollm2' if model is None else Path(model)
     if not folder.exists(): save_model(folder, loaded.model, loaded.tokenizer, loaded.template)

@@ -71,12 +71,13 @@ def child(a):
     torch.set_num_threads(a.threads)
     sys.path.insert(0, str(ROOT))
     import sft_nb.decoder as D
-    import sft_nb.training as T
+    import sft_nb.run as R
+    import sft_nb.steps as T
     from sft_nb.rows import Example
     from sft_nb.loading import load_model
     train = [Example(i, l, 'row') for i,l in read_rows(a.work)[0]]
     model = load_model(a.work/'smollm2').model
-    run = T.Run(model, train, (), T.TrainConfig(lr=2e-5, batch_size=BATCH, warmup=0, dtype=a.child), None, (), print, T.World())
+    run = R.Run(model, train, (), T.TrainConfig(lr=2e-5, batch_size=BATCH, warmup=0, dtype=a.child), None, (), print, T.World())
     run.begin(getattr(torch, a.child))
     model.train()
     cfg, cuts, loss, onednn, hooks, attend = run.cfg, model.shortcuts, T.batch_loss, D._onednn, [], D.attend_rows
@@ -95,7 +96,7 @@ def child(a):
     names = [None, *(n for n in WITHOUT if a.child=='float32' or 'oneDNN' not in n)]
     secs = {n: [] for n in names}
     for b in range(a.batches+1):
-        T.step_rows = lambda *_: list(range(b*BATCH, (b+1)*BATCH))
+        R.step_rows = lambda *_: list(range(b*BATCH, (b+1)*BATCH))
         for n in (names if b%2 else names[::-1]):
             set_up(n)
             begun = time.perf_counter()

@@ -53,11 +53,13 @@ def prepare(folder):
     for name in ('smollm2', 'gpt2'): shutil.rmtree(folder/name, ignore_errors=True)  # of a start that was stopped
     import torch
     sys.path.insert(0, str(ROOT))
-    from sft_nb.data import default_data_file, load_records, split_records
+    from sft_nb.readers import default_data_file, load_records
+    from sft_nb.split import split_records
     from sft_nb.dataset import InstructionDataset
     from sft_nb.model import ModelConfig
     from sft_nb.decoder import Decoder
-    from sft_nb.loading import load_model, save_model
+    from sft_nb.loading import load_model
+    from sft_nb.saving import save_model
     loaded = load_model()
     save_model(folder/'smollm2', loaded.model, loaded.tokenizer, loaded.template)
     torch.manual_seed(1)
@@ -81,7 +83,7 @@ def read_rows(folder, everything=False):
         cuts = np.cumsum(f[f'{name}_lengths'])[:-1]
         ids, learn = np.split(f[f'{name}_ids'], cuts), np.split(f[f'{name}_learn'], cuts)
         parts.append([(i, np.concatenate([[0], np.ones(len(i)-1)]).astype(np.float32) if everything else l) for i,l in zip(ids, learn)])
-    from sft_nb.collate import batch_order
+    from sft_nb.batches import batch_order
     order = sum(batch_order(len(parts[0]), BATCH, SEED, 0), [])
     return [parts[0][i] for i in order], parts[1][:int(os.environ.get('SFT_NB_BENCH_VAL', 55))]
 
@@ -105,7 +107,8 @@ def run_ours(folder, row, n_steps, threads):
     import torch
     from sft_nb.rows import Example
     from sft_nb.loading import load_model
-    from sft_nb.run import Run, TrainConfig, World, block_options, validate
+    from sft_nb.steps import TrainConfig, World, block_options, validate
+    from sft_nb.run import Run
     train, val = ([Example(i, l, 'row') for i,l in part] for part in read_rows(folder, row.get('gpt2')))
     model = load_model(folder/('gpt2' if row.get('gpt2') else 'smollm2')).model
     if row.get('lora'):
@@ -114,7 +117,7 @@ def run_ours(folder, row, n_steps, threads):
     cfg = TrainConfig(lr=LR, epochs=n_steps/math.ceil(len(train)/BATCH), batch_size=BATCH, schedule='linear', warmup=0, seed=SEED, dtype=row['dtype'],
         compile=row.get('compile', False))
     base = validate(model, val)
-    import sft_nb.training as T
+    import sft_nb.run as T
     T.step_rows = lambda step, n, cfg: list(range(step*BATCH, min(n, (step+1)*BATCH)))  # the rows are in order already
     run, clock = Run(model, train, (), cfg, None, (), print, World()), Clock()
     run.begin(getattr(torch, row['dtype']))
