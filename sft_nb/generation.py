@@ -7,7 +7,7 @@ __all__ = ['READ_TOKENS', 'Answer', 'Ready', 'check_prompts', 'generate', 'strea
 
 # %% ../nbs/04p_generation.ipynb #75572362
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,8 @@ from .tokenizer import Tokenizer
 from .rows import encode_prompt
 from .kernels import softcap
 from .decoder import Decoder
-from .sampling import Sampling, Stops, chance_of_each, choose_ids
-from .sampling import TextPieces, answer_text, as_ids, default_stop_ids
+from .sampling import (
+    Sampling, Stops, TextPieces, answer_text, as_ids, chance_of_each, choose_ids, default_stop_ids)
 from .seats import Budget, Draft, RowCache, RowPlan, Seats, StepRows, plan_rows, share_prefix
 
 # %% ../nbs/04p_generation.ipynb #2092455a
@@ -243,10 +243,10 @@ def check_prompts(
     cfg = model.cfg
     for i, ids in enumerate(prompts):
         name = names[i] if names else f'prompt {i}'
-        if not len(ids): raise InputError(f"{name}: has no ids; give at least one")
+        if not len(ids): raise InputError(f'{name}: has no ids; give at least one')
         if len(ids)>=cfg.max_length:
-            raise InputError(f"{name}: leaves no room for an answer, got {len(ids)} ids for a model "
-                             f"that reads {cfg.max_length}; shorten it")
+            raise InputError(f'{name}: leaves no room for an answer, got {len(ids)} ids for a model '
+                             f'that reads {cfg.max_length}; shorten it')
         if not 0<=min(ids)<=max(ids)<cfg.vocab_size:
             raise InputError(f"{name}: has an id outside the model's {cfg.vocab_size}, "
                              f"got {min(ids)} to {max(ids)}; use the tokenizer that belongs to the model")
@@ -296,7 +296,7 @@ def stream(
     until:Stops=Stops(), # What ends the answer
     *,
     generator:torch.Generator|None=None, # Source of chance; torch's own if None
-)->Iterator: # Of pieces of text; its return value is the `Answer`
+)->Generator: # Of pieces of text; its return value is the `Answer`
     "Answer one prompt piece by piece: `for piece in stream(model, tokenizer, prompt): print(piece)`"
     prompt = as_ids(prompt, 'prompt')
     check_prompts(model, [prompt], ['prompt'])

@@ -34,8 +34,8 @@ class Sampling:
         for name in ('top_k', 'top_p', 'min_p'):
             value = getattr(self, name)
             if value is not None and not self.temperature:
-                raise InputError(f"Sampling: {name} has no effect at temperature 0, which takes the best id, "
-                                 f"got {value}; give a temperature or drop it")
+                raise InputError(f'Sampling: {name} has no effect at temperature 0, which takes the best id, '
+                                 f'got {value}; give a temperature or drop it')
 
 # %% ../nbs/04n_sampling.ipynb #6605124d
 def penalise_seen(
@@ -95,8 +95,11 @@ def choose_ids(
 )->Tensor: # (B,) ids
     "The next id of each row"
     scores = logits_BV
-    if how.repetition_penalty!=1: scores = penalise_seen(scores, seen_BV, how.repetition_penalty)
+    if how.repetition_penalty!=1:
+        if seen_BV is None: raise InputError('choose_ids: what was seen is not known, got None; give seen_BV')
+        scores = penalise_seen(scores, seen_BV, how.repetition_penalty)
     if not how.temperature: return scores.argmax(-1)
+    if draw_B is None: raise InputError('choose_ids: a draw needs chance, got None; give draw_B')
     scores = scores/how.temperature
     if how.top_k is not None: scores = keep_top_k(scores, how.top_k)
     if how.top_p is not None: scores = keep_top_p(scores, how.top_p)
@@ -125,8 +128,8 @@ def as_ids(
     "Whole numbers, raising `InputError` for anything else, such as text"
     try: return [operator.index(i) for i in ids]
     except TypeError:
-        raise InputError(f"{name}: is not a list of ids, got {shorten(ids)}; "
-                         "encode text with the tokenizer") from None
+        raise InputError(f'{name}: is not a list of ids, got {shorten(ids)}; '
+                         'encode text with the tokenizer') from None
 
 # %% ../nbs/04n_sampling.ipynb #1901fc6e
 @dataclass(frozen=True)
@@ -134,7 +137,7 @@ class Stops:
     "What ends an answer, such as `Stops(max_new=128)`; raises `InputError` for what makes no sense"
     max_new:int = field(default=256, metadata=rule(least=1)) # Most new ids; fewer if the context ends before
     ids:Iterable|None = None # Ids that end an answer; None: those of `default_stop_ids`
-    strings:str|tuple = () # Text or texts that end it
+    strings:tuple = () # Texts that end it; one alone may be given as it is
 
     def __post_init__(self):
         check_fields(self)
@@ -143,7 +146,7 @@ class Stops:
         object.__setattr__(self, 'strings', strings)
         for s in strings:
             if not s or not isinstance(s, str):
-                raise InputError(f"Stops: a stop string must be text that is not empty, got {s!r}; drop it")
+                raise InputError(f'Stops: a stop string must be text that is not empty, got {s!r}; drop it')
 
 # %% ../nbs/04n_sampling.ipynb #0e7d654f
 def answer_text(

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from .basics import InputError, check_fields, rule
-from .machine import free_bytes
-from .collate import collate_prompts
+from .machine import free_memory
+from .batches import collate_prompts
 from .layout import Layout
 from .attention import KVCache
 from .decoder import Decoder
@@ -77,7 +77,7 @@ class RowCache(KVCache):
         self.own = self.memory.layers
         self.rope_length = n_slots # of the longest row there can be
         self.rows = slice(0, n_rows) # what the next batch is about
-        self.copied = {} # layer -> a prefix that each row has a copy of, (2, K, n, d)
+        self.copied:dict = {} # layer -> a prefix that each row has a copy of, (2, K, n, d)
 
     def of(self,
         start:int, # First row
@@ -232,9 +232,9 @@ class RowPlan:
 
     def __str__(self):
         gib = (self.n_rows*self.n_slots + self.n_prefix)*self.slot_bytes/2**30
-        return (f"{self.n_prompts} prompts, the first {self.n_prefix} ids shared: "
-                f"{self.n_rows} rows at a time; keys and values take {self.slot_bytes/1024:.1f} KiB a token, "
-                f"{gib:.2f} GiB at most")
+        return (f'{self.n_prompts} prompts, the first {self.n_prefix} ids shared: '
+                f'{self.n_rows} rows at a time; keys and values take {self.slot_bytes/1024:.1f} KiB a token, '
+                f'{gib:.2f} GiB at most')
 
 # %% ../nbs/04o_seats.ipynb #cb9a2507
 def plan_rows(
@@ -251,11 +251,11 @@ def plan_rows(
     longest = max(min(len(p) + max_new, cfg.max_length) for p in prompts)
     n_slots = max(n_prefix, longest - apart)
     slot_bytes = 2*(cfg.n_layers + 1)*cfg.n_kv_heads*cfg.head_dim*weight.element_size()
-    free = free_bytes(weight.device)/4 if budget.memory_gib is None else budget.memory_gib*2**30
+    free = free_memory(weight.device)/4 if budget.memory_gib is None else budget.memory_gib*2**30
     fit = int(free/slot_bytes - n_prefix)//n_slots
     if fit<1:
-        raise InputError(f"generate: keys and values of one row of {n_slots} tokens take "
-                         f"{n_slots*slot_bytes/2**30:.2f} GiB, got a budget of {free/2**30:.2f} GiB; "
-                         "lower max_new or raise memory_gib")
+        raise InputError(f'generate: keys and values of one row of {n_slots} tokens take '
+                         f'{n_slots*slot_bytes/2**30:.2f} GiB, got a budget of {free/2**30:.2f} GiB; '
+                         'lower max_new or raise memory_gib')
     most = budget.batch_size or (512 if weight.is_cuda else 128)
     return RowPlan(len(prompts), n_prefix, min(fit, most, len(prompts)), n_slots, slot_bytes)
