@@ -20,7 +20,8 @@ from .basics import InputError, load_json, save_json
 from .data import Message, Record, summarize_records
 from .readers import default_data_file, load_records
 from .split import split_records
-from .templates import TextTemplate, get_template, template_names
+from .templates import TextTemplate
+from .chat import get_template, template_names
 
 # %% ../nbs/07a_cli.ipynb #1a2a2e10
 class Stopped(Exception):

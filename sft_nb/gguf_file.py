@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from .basics import InputError
-from .model import ModelConfig, rope_frequencies
+from .model import ModelConfig
+from .positions import rope_frequencies
 from .decoder import Decoder
-from .families import CLASSES, config_from_hf, hf_names
+from .families import FAMILIES, config_from_hf, hf_names
 
 # %% ../nbs/04h_gguf.ipynb #7e80d01c
 def open_gguf(
@@ -52,7 +53,7 @@ def gguf_to_hf(
     needed = 'embedding_length', 'attention.head_count', 'block_count', 'feed_forward_length', 'context_length'
     gone = [k for k in needed if not isinstance(get(f'{arch}.{k}'), int)]
     if gone: raise InputError(f"{where}: setting {arch}.{gone[0]} is missing or not a number; fetch the file again")
-    hf = dict(model_type=arch, architectures=[CLASSES[arch]], vocab_size=len(get('tokenizer.ggml.tokens') or ()),
+    hf = dict(model_type=arch, architectures=[FAMILIES[arch].architecture], vocab_size=len(get('tokenizer.ggml.tokens') or ()),
               tie_word_embeddings='output.weight' not in names)
     for k,g in dict(bos='bos', eos='eos', pad='padding').items():
         hf[f'{k}_token_id'] = get(f'tokenizer.ggml.{g}_token_id')
@@ -256,7 +257,7 @@ def gguf_template(
     name:str, # The template's name
 ): # A template, or None
     "The chat template of a GGUF file"
-    from sft_nb.templates import ChatTemplate
+    from sft_nb.chat import ChatTemplate
     jinja,tokens = get('tokenizer.chat_template'),get('tokenizer.ggml.tokens')
     ids = {f'{k}_token': get(f'tokenizer.ggml.{k}_token_id') for k in ('bos', 'eos')}
     return ChatTemplate(name, jinja, tuple((k, tokens[i]) for k,i in ids.items() if i is not None)) if jinja else None
