@@ -205,8 +205,8 @@ def check_questions(
 ):
     "Raise `InputError` if a record cannot be answered: better now than after the training"
     from sft_nb.rows import encode_prompt
-    from sft_nb.generation import check_prompts
     from sft_nb.sampling import Stops
+    from sft_nb.generation import check_prompts
     prompts = [encode_prompt(r, job.template, job.loaded.tokenizer) for r in records]
     Stops(args.max_new)
     check_prompts(job.loaded.model, prompts, [r.where for r in records])
@@ -229,8 +229,8 @@ def answer(
     say=print, # Where progress goes
 )->list: # Rows of the responses file
     "Answer `records` greedily, batch by batch, into a file"
-    from sft_nb.generation import answer_records
     from sft_nb.sampling import Stops
+    from sft_nb.generation import answer_records
     from sft_nb.responses import answer_file, load_meta
     from sft_nb.scores import response_health
     check_questions(job, records, args)
@@ -444,8 +444,8 @@ def inspect_command(args):
 def chat_command(args):
     "Talk to a model; an empty line or the end of input ends the talk"
     from sft_nb.rows import encode_prompt
-    from sft_nb.generation import stream
     from sft_nb.sampling import Stops, default_stop_ids
+    from sft_nb.generation import stream
     loaded, template, _ = open_model(args, say=lambda text: None)
     model, tokenizer, turns = loaded.model, loaded.tokenizer, []
     alone = isinstance(template, TextTemplate)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from .basics import InputError
-from .templates import ChatTemplate, TextTemplate
+from .templates import TextTemplate
+from .chat import ChatTemplate
 from .tokenizer import Tokenizer
 from .rows import encode_prompt
 from .kernels import softcap

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 from .basics import InputError, check_fields, rule, shorten
-from .templates import ChatTemplate, TextTemplate
+from .templates import TextTemplate
+from .chat import ChatTemplate
 from .tokenizer import Tokenizer
 from .decoder import Decoder
 

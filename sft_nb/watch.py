@@ -42,8 +42,8 @@ def sample_answers(
     show=print, # Called with the step and a list of (prompt, answer) texts
 ):  # A hook
     "Let the model answer `prompts` after each validation, raising `InputError` when it is divided among processes"
-    from sft_nb.generation import generate
     from sft_nb.sampling import Stops
+    from sft_nb.generation import generate
     def hook(entry, model):
         if not isinstance(entry, ValLog): return
         if any(hasattr(p, 'full_tensor') for p in model.parameters()):  # a `DTensor`

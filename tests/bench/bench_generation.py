@@ -48,8 +48,8 @@ def prepare(work, model):
 
 def run_ours(folder, dtype, _, max_new):
     from sft_nb.loading import load_model
-    from sft_nb.generation import generate
     from sft_nb.sampling import Stops
+    from sft_nb.generation import generate
     loaded = load_model(folder, dtype=dtype)
     until = Stops(max_new, ids=STOPS)
     return lambda prompts: [list(a.ids) for a in generate(loaded.model, loaded.tokenizer, prompts, until=until)]
