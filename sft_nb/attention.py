@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from .basics import InputError
+from .positions import rope_limit
 from .kernels import ByHand, in_float32, softcap
 from .layout import Layout, causal_mask
 
@@ -106,7 +107,7 @@ class KVCache:
         if self.lengths is not None and lay.P:
             raise InputError(f"cache: already holds rows, so a batch cannot bring a preamble, got one of {lay.P} tokens; "
                              "collate with share_prefix=False")
-        before,P,limit = torch.zeros_like(lens_B) if self.lengths is None else self.lengths,lay.P or self.n_prefix,lay.cfg.rope_limit
+        before,P,limit = torch.zeros_like(lens_B) if self.lengths is None else self.lengths,lay.P or self.n_prefix,rope_limit(lay.cfg)
         longest = P + int((before + lens_B).max())
         rope_length = self.rope_length or longest
         if rope_length<=limit<longest:

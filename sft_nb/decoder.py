@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from .basics import InputError
-from .model import ACTS, ModelConfig, rope_tables
-from .kernels import Linear, Norm, SwiGLU, TargetLoss, Turn, Twice, in_float32, softcap
+from .model import ACTS, ModelConfig
+from .positions import check_scaling, rope_tables
+from .kernels import Linear, Norm, SwiGLU, Turn, Twice, in_float32, softcap, target_loss
 from .layout import Layout, PutBack, TakeHeads, single_heads
 from .attention import Attend, KVCache, Shortcuts, attend, attend_rows
 from .flex import FlatLayout, attend_flat, check_trains, flat_step
@@ -104,6 +105,7 @@ class Decoder(nn.Module):
         cfg:ModelConfig, # The model
     ):
         super().__init__()
+        check_scaling(cfg)
         self.cfg,self.shortcuts = cfg,Shortcuts()
         table = lambda n: nn.Embedding(n, cfg.width, _weight=torch.empty(n, cfg.width))
         self.embed = table(cfg.vocab_size)
@@ -156,15 +158,14 @@ class Decoder(nn.Module):
     )->Tensor: # Scalar, float32, with its graph
         "Sum over the batch's targets of weight times negative log-likelihood, in nats"
         cuts,table,reads,grad = self.shortcuts,self.head_weight,None,torch.is_grad_enabled()
-        owner = (table,) if cuts.by_hand else ()
+        owner = table if cuts.by_hand else None
         if cuts.round_to>1: batch = _Filled(batch, flat_step(len(batch.ids_N)) if cuts.attention=='flex' else cuts.round_to)
         at_M = batch.weight_N.nonzero()[:,0] if cuts.ends_at_targets else torch.arange(len(batch.ids_N), device=batch.ids_N.device)
         at_M = F.pad(at_M, (0, -len(at_M)%cuts.round_to), value=len(batch.ids_N)-1)
         labels_M = batch.labels_N[at_M].clamp(min=0) # whatever has no weight can have any label
         if cuts.one_gradient and self.cfg.tied and grad and table.requires_grad: reads,table = Twice.of(table)
         h = self.hidden(batch, at_M, table=reads)
-        wants = grad and h.requires_grad, grad and table.requires_grad
-        return TargetLoss.of(h, table, labels_M, batch.weight_N[at_M], self.cfg.logit_cap, chunk, wants, owner)
+        return target_loss(h, table, labels_M, batch.weight_N[at_M], cap=self.cfg.logit_cap, chunk=chunk, owner=owner)
 
     def forward(self,
         x, # Flat `Batch`, or ids (B, T) of rows that are all full

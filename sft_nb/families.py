@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .basics import InputError, near_misses, shorten
 from .model import ModelConfig
+from .positions import check_scaling
 from .decoder import Decoder
 
 # %% ../nbs/04g_families.ipynb #e7593b53
@@ -81,15 +82,15 @@ def _common_fields(hf, act=None, **own):
         mlp_width=hf['intermediate_size'],
         max_length=hf['max_position_embeddings'],
         norm_eps=hf.get('rms_norm_eps', 1e-6),
-        tied=hf.get('tie_word_embeddings', False),
+        tied=bool(hf.get('tie_word_embeddings', False)),
         act=_ACTS.get(act, act))
     return fields | _rope_fields(hf, head_dim) | own
 
 # %% ../nbs/04g_families.ipynb #c816e088
 def _llama_fields(hf):
     "Fields of a Llama: biases if the file says so"
-    bias = hf.get('attention_bias', False)
-    return _common_fields(hf, qkv_bias=bias, o_bias=bias, mlp_bias=hf.get('mlp_bias', False))
+    bias = bool(hf.get('attention_bias', False))
+    return _common_fields(hf, qkv_bias=bias, o_bias=bias, mlp_bias=bool(hf.get('mlp_bias', False)))
 
 # %% ../nbs/04g_families.ipynb #92ed946b
 def _mistral_fields(hf):
@@ -106,7 +107,7 @@ def _qwen2_fields(hf):
 # %% ../nbs/04g_families.ipynb #deeccdc0
 def _qwen3_fields(hf):
     "Fields of a Qwen 3: heads of 128 numbers that are normed, and biases only if the file says so"
-    bias = hf.get('attention_bias', False)
+    bias = bool(hf.get('attention_bias', False))
     head_dim = hf.get('head_dim') or 128
     return _qwen2_fields(hf) | dict(head_dim=head_dim, qk_norm=True, qkv_bias=bias, o_bias=bias)
 
@@ -120,10 +121,10 @@ def _gemma_fields(hf):
     "Fields of a Gemma, raising `InputError` for those that read their text in both directions"
     if hf.get('use_bidirectional_attention'):
         raise InputError('attention in both directions is not supported; use a causal model')
-    bias = hf.get('attention_bias', False)
+    bias = bool(hf.get('attention_bias', False))
     act = hf.get('hidden_activation') or hf.get('hidden_act') or 'gelu_pytorch_tanh'
     if hf['model_type']=='gemma' and act=='gelu': act = 'gelu_pytorch_tanh' # what the first files meant
-    fields = _common_fields(hf, act, qkv_bias=bias, o_bias=bias, tied=hf.get('tie_word_embeddings', True))
+    fields = _common_fields(hf, act, qkv_bias=bias, o_bias=bias, tied=bool(hf.get('tie_word_embeddings', True)))
     return fields | dict(norm_plus_one=True, embed_scale=hf['hidden_size']**0.5)
 
 # %% ../nbs/04g_families.ipynb #426bc0f8
@@ -175,7 +176,7 @@ def _gpt2_fields(hf):
         positions='learned',
         act=_ACTS.get(act, act),
         gated_mlp=False,
-        tied=hf.get('tie_word_embeddings', True),
+        tied=bool(hf.get('tie_word_embeddings', True)),
         qkv_bias=True,
         o_bias=True,
         mlp_bias=True)
@@ -247,7 +248,10 @@ def config_from_hf(
     if packed := hf.get('quantization_config'):
         how = packed.get('quant_method') if isinstance(packed, dict) else packed
         raise InputError(f'{where}: weights are packed, got {how!r}; use the plain model or a GGUF file')
-    try: return ModelConfig(**FAMILIES[kind].read(hf), hf=hf)
+    try:
+        cfg = ModelConfig(**FAMILIES[kind].read(hf), hf=hf)
+        check_scaling(cfg)
+        return cfg
     except KeyError as e: raise InputError(f'{where}: {e} is missing; fetch the file again') from None
     except InputError as e: raise InputError(f'{where}: {e}') from None
     except (TypeError, AttributeError, ValueError, ArithmeticError) as e:

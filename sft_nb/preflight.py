@@ -132,10 +132,10 @@ def try_batch(
 )->Trial: # How it went
     "Train on one batch for a few updates, nothing compiled, then put every weight back"
     dtype,_ = choose_dtype(cfg.dtype, next(model.parameters()).device)
-    flat = FlatAdamW(model, dtype, cfg.betas, cfg.eps, cfg.weight_decay, cfg.clip)
+    flat = FlatAdamW(model, dtype, betas=cfg.betas, eps=cfg.eps, weight_decay=cfg.weight_decay, clip=cfg.clip)
     start_N,losses,secs = None,[],math.inf
     try:
-        start_N = flat.master_N.clone()
+        start_N = flat.tensors()['master'].clone()
         batches = micro_batches(rows, cfg.micro_batch_size, cfg.share_prefix)
         add = lambda f: sum(map(f, batches))
         targets = add(lambda b: b.n_targets)
@@ -148,7 +148,7 @@ def try_batch(
             losses.append(validate(model, rows, cfg.micro_batch_size or len(rows), cfg.share_prefix))
     except InputError: losses.append(math.nan)
     finally:
-        if start_N is not None: flat.master_N.copy_(start_N)
+        if start_N is not None: flat.tensors()['master'].copy_(start_N)
         flat.finish()
     return Trial(tuple(losses), secs, add(lambda b: b.n_tokens), add(lambda b: len(b.ids_N)), add(lambda b: b.padding)/len(batches),
         str(dtype).removeprefix('torch.'))

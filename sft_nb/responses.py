@@ -7,14 +7,14 @@ __all__ = ['row_ids', 'text_of', 'response_rows', 'save_responses', 'load_respon
            'answer_file']
 
 # %% ../nbs/06a_responses.ipynb #a30e914e
-import hashlib, json, os, time
+import json, os, time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import regex
-from .basics import InputError, differences, load_json, lock_file, save_json, shorten
+from .basics import InputError, differences, fingerprint, load_json, lock_file, save_json, shorten
 from .data import as_records, text_field
 from .readers import load_rows
 
@@ -73,7 +73,7 @@ def _meta_path(path):
 def _data_fingerprint(named):
     "16 hex digits, the same for the same records in the same order, and for no others"
     contents = '\n'.join(record.id for record in named.values())
-    return hashlib.sha256(contents.encode()).hexdigest()[:16]
+    return fingerprint(contents)
 
 # %% ../nbs/06a_responses.ipynb #a6c06dc8
 def _answer_facts(answer, **more):
