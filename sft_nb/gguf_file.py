@@ -7,8 +7,9 @@ __all__ = ['GGUF_KINDS', 'open_gguf', 'byte_bpe', 'piece_bpe', 'gguf_tokenizer',
 
 # %% ../nbs/04h_gguf.ipynb #e2a4191c
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from torch import Tensor
 
 from .basics import InputError
-from .templates import ChatTemplate
+from .chat import ChatTemplate
 from .tokenizer import JsonTokenizer, set_start
-from .model import ModelConfig, rope_frequencies
+from .model import ModelConfig
+from .positions import rope_frequencies
 from .decoder import Decoder
 from .families import FAMILIES, config_from_hf, hf_names
 
@@ -42,8 +44,9 @@ def open_gguf(
     if not path.is_file(): raise FileNotFoundError(f'{path}: no such file; check the name')
     try: reader = _Reader(path)
     except Exception as e: # whatever the reader stumbles over, the file is at fault
-        why = str(e) or type(e).__name__
-        raise InputError(f'{path}: not a GGUF file, or damaged or cut short ({why}); fetch it again') from None
+        why = f'damaged or cut short ({str(e) or type(e).__name__})'
+        raise InputError(f'{path}: not a GGUF file, or {why}; fetch it again') from None
+    @cache # a vocabulary takes a while to read
     def get(key): return reader.fields[key].contents() if key in reader.fields else None
     return get, {t.name: t for t in reader.tensors}
 
@@ -51,7 +54,7 @@ def open_gguf(
 _Lookup = Callable[[str], Any] # From a key to its value, or None
 
 def _settings_of(get, arch):
-    "A function that looks up a setting of one architecture, or gives what is usual where the file says nothing"
+    "A function from a setting of one architecture to its value, or to what is usual where there is none"
     def own(key, usual=None):
         value = get(f'{arch}.{key}')
         return usual if value is None else value
@@ -107,21 +110,22 @@ def _llama_words(own, names):
 
 # %% ../nbs/04h_gguf.ipynb #51e33efe
 GGUF_KINDS = 'llama', 'qwen2', 'qwen3', 'phi3', 'gpt2'
+_NEEDED = 'embedding_length', 'attention.head_count', 'block_count', 'feed_forward_length', 'context_length'
 
 def _check_settings(get, where):
     "Raise `InputError` for architectures that are not read and for settings that are missing"
     arch = get('general.architecture')
     if arch not in GGUF_KINDS:
-        raise InputError(f"{where}: unknown architecture, got {arch!r}; take a file of {', '.join(GGUF_KINDS)}, "
-                         "or a Hugging Face folder")
-    needed = 'embedding_length', 'attention.head_count', 'block_count', 'feed_forward_length', 'context_length'
-    for key in needed:
+        raise InputError(f"{where}: unknown architecture, got {arch!r}; take a file of "
+                         f"{', '.join(GGUF_KINDS)}, or a Hugging Face folder")
+    for key in _NEEDED:
         if not isinstance(get(f'{arch}.{key}'), int):
-            raise InputError(f'{where}: setting {arch}.{key} is missing or not a number; fetch the file again')
+            what = f'setting {arch}.{key} is missing or not a number'
+            raise InputError(f'{where}: {what}; fetch the file again')
 
 # %% ../nbs/04h_gguf.ipynb #c191e0d5
 def _config_words(get, names, where):
-    "The `config.json` of a GGUF file with tensors of these `names`, raising `InputError` as `_check_settings` does"
+    "The `config.json` of a GGUF file that has tensors of these `names`"
     _check_settings(get, where)
     arch = get('general.architecture')
     hf = dict(
@@ -214,7 +218,8 @@ def byte_bpe(
     "Bytes merged to tokens, as in GPT-2, raising `InputError` for unknown ways to split text"
     kind = own('pre')
     if kind not in _SPLITS:
-        raise InputError(f"{where}: unknown way to cut text, got {kind!r}; take the model's Hugging Face folder")
+        raise InputError(f"{where}: unknown way to cut text, got {kind!r}; "
+                         "take the model's Hugging Face folder")
     vocab = {token: i for i, token in enumerate(own('tokens'))}
     merges = [tuple(m.split(' ')) for m in own('merges') or ()]
     tok = Tokenizer(models.BPE(vocab, merges, ignore_merges=kind=='llama-bpe'))
@@ -241,7 +246,7 @@ def piece_bpe(
     merges = _piece_merges(tokens, own('scores'))
     unknown = tokens[own('unknown_token_id') or 0]
     tok = Tokenizer(models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
-    spaces = [normalizers.Replace(' ', '▁')]
+    spaces:list[normalizers.Normalizer] = [normalizers.Replace(' ', '▁')]
     back = [decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse()]
     if own('add_space_prefix') is not False:
         spaces.insert(0, normalizers.Prepend('▁'))
@@ -263,8 +268,10 @@ _USER = 4
 def _tokens_of_type(get, kind):
     "The added tokens of one type, for the package `tokenizers`"
     types = get('tokenizer.ggml.token_type') or ()
-    found = [t for t, k in zip(get('tokenizer.ggml.tokens'), types) if k==kind]
-    return [AddedToken(t, normalized=False, special=kind==_CONTROL, rstrip=_swallows_space(get, t)) for t in found]
+    def added(text):
+        swallows = _swallows_space(get, text)
+        return AddedToken(text, normalized=False, special=kind==_CONTROL, rstrip=swallows)
+    return [added(text) for text, k in zip(get('tokenizer.ggml.tokens'), types) if k==kind]
 
 # %% ../nbs/04h_gguf.ipynb #f527fe69
 def _named_token(get, name):
@@ -303,8 +310,8 @@ def _gguf_template(get, name):
     "The chat template of a GGUF file, or None"
     jinja = get('tokenizer.chat_template')
     if not jinja: return None
-    texts = {k: _named_token(get, k) for k in ('bos', 'eos')}
-    return ChatTemplate(name, jinja, tuple((f'{k}_token', text) for k, text in texts.items() if text is not None))
+    texts = [(f'{k}_token', _named_token(get, k)) for k in ('bos', 'eos')]
+    return ChatTemplate(name, jinja, tuple((k, text) for k, text in texts if text is not None))
 
 # %% ../nbs/04h_gguf.ipynb #90cceafe
 @dataclass(frozen=True)
@@ -324,7 +331,7 @@ def _config_of(get, tensors, where):
     def read(name): return _unpack(tensors[name], where)
     if arch!='gpt2': hf['rope_scaling'] = _rope_words(read, tensors, hf, _settings_of(get, arch), where)
     first = (hf.get('rope_scaling') or {}).get('original_max_position_embeddings')
-    if arch=='phi3' and first: hf['original_max_position_embeddings'] = first # where transformers looks for it
+    if arch=='phi3' and first: hf['original_max_position_embeddings'] = first # transformers looks here
     return config_from_hf(hf, where)
 
 # %% ../nbs/04h_gguf.ipynb #8cd7c873
@@ -344,7 +351,7 @@ def _translate(path, get, tensors):
 def read_gguf(
     path:str|Path, # A .gguf file
 )->GGUF: # Weights are read when they are asked for
-    "Open a GGUF file and translate it, raising `InputError` or `FileNotFoundError`: `read_gguf('model.gguf').cfg`"
+    "Translate a GGUF file, raising `InputError` or `FileNotFoundError`: `read_gguf('model.gguf').cfg`"
     path = Path(path)
     get, tensors = open_gguf(path)
     try: return _translate(path, get, tensors)
