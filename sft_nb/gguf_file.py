@@ -257,7 +257,7 @@ def gguf_template(
     name:str, # The template's name
 ): # A template, or None
     "The chat template of a GGUF file"
-    from sft_nb.templates import ChatTemplate
+    from sft_nb.chat import ChatTemplate
     jinja,tokens = get('tokenizer.chat_template'),get('tokenizer.ggml.tokens')
     ids = {f'{k}_token': get(f'tokenizer.ggml.{k}_token_id') for k in ('bos', 'eos')}
     return ChatTemplate(name, jinja, tuple((k, tokens[i]) for k,i in ids.items() if i is not None)) if jinja else None

@@ -234,7 +234,7 @@ def load_own_template(
     folder:Path, # A model folder
 ): # A template, or None if the folder has none
     "The template that a model was tuned with or came with"
-    from sft_nb.templates import load_template
+    from sft_nb.chat import load_template
     try: return load_template(folder)
     except FileNotFoundError: return None
 
@@ -256,7 +256,7 @@ def load_model(
 )->Loaded: # Model, tokenizer, template and where they come from
     "Load a model by name, folder or file, raising `InputError` or `FileNotFoundError` in one line"
     if name is None or name==DEFAULT_MODEL:
-        from sft_nb.templates import get_template
+        from sft_nb.chat import get_template
         got = load_gguf(fetch_default_model(cache_dir), dtype)
         return replace(got, source=DEFAULT_MODEL, template=get_template('smollm2'))
     path,hub = Path(name),HUB_NAMES.get(str(name), str(name))

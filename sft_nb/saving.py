@@ -46,7 +46,7 @@ def save_model(
 
 # %% ../nbs/04k_saving.ipynb #4a9cbd71
 def save_own_template(folder, template, start):
-    from sft_nb.templates import save_template
+    from sft_nb.chat import save_template
     save_template(folder, template, start)
 
 
