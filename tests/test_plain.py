@@ -11,15 +11,17 @@ from sft_nb.basics import InputError
 from sft_nb.rows import Example
 from sft_nb.batches import collate_examples
 from sft_nb.model import ModelConfig, PlainDecoder, plain_answer, plain_decoder, plain_loss
-from sft_nb.positions import rope_tables, turn_
 from sft_nb.decoder import Decoder, batch_loss, gradients_of
 from sft_nb.families import config_from_hf, file_parts, hf_tensors
+from sft_nb.fetch import fetch_default_model
+from sft_nb.loading import load_model
 
 transformers.logging.set_verbosity_error()
 V = 211
 COVERED = 'llama', 'mistral', 'qwen2', 'qwen3'
 SIZES = dict(vocab_size=V, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.1, bos_token_id=1, eos_token_id=2)
+             num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.1, bos_token_id=1,
+             eos_token_id=2)
 
 
 def shake(model, seed):
@@ -32,10 +34,11 @@ def shake(model, seed):
 
 def random_model(family, tied, seed=3):
     "A random small `transformers` model of a family"
-    own = dict(llama=dict(attention_bias=True, mlp_bias=True, head_dim=10), mistral=dict(sliding_window=None, head_dim=8),
-               qwen2={}, qwen3=dict(head_dim=8))[family]
-    theta = dict(rope_type='default', rope_theta=[1e4, 5e5][tied])
-    cfg = transformers.AutoConfig.for_model(family, **SIZES, **own, rope_parameters=theta, tie_word_embeddings=tied)
+    own = dict(llama=dict(attention_bias=True, mlp_bias=True, head_dim=10), qwen2={}, qwen3=dict(head_dim=8),
+               mistral=dict(sliding_window=None, head_dim=8))[family]
+    rope = dict(rope_type='default', rope_theta=[1e4, 5e5][tied])
+    settings = SIZES | own | dict(rope_parameters=rope, tie_word_embeddings=tied)
+    cfg = transformers.AutoConfig.for_model(family, **settings)
     torch.manual_seed(seed)
     return shake(transformers.AutoModelForCausalLM.from_config(cfg, attn_implementation='eager').eval(), seed)
 
@@ -52,11 +55,11 @@ def test_logits_and_answers_equal_transformers(family, tied):
     plain, ids_BT = plain_twin(hf), torch.randint(0, V, (3, 40), generator=torch.Generator().manual_seed(5))
     with torch.no_grad(): assert_close(plain(ids_BT), hf(ids_BT).logits, atol=1e-5, rtol=1e-5)
     for prompt in ([7], [3, 100, 91, 4]):
-        theirs = hf.generate(torch.tensor([prompt]), max_new_tokens=9, do_sample=False, eos_token_id=None, pad_token_id=0)
-        assert plain_answer(plain, prompt, 9)==theirs[0,len(prompt):].tolist()
-        stop = theirs[0,len(prompt) + 3].item()
-        answer = plain_answer(plain, prompt, 9, stop_ids=(stop,))
-        assert answer[-1]==stop and len(answer)<=4
+        theirs = hf.generate(torch.tensor([prompt]), max_new_tokens=9, do_sample=False, eos_token_id=None,
+                             pad_token_id=0)[0,len(prompt):].tolist()
+        assert plain_answer(plain, prompt, 9)==theirs
+        stop = theirs[3]
+        assert plain_answer(plain, prompt, 9, stop_ids=(stop,))==theirs[:theirs.index(stop) + 1]
 
 
 @pytest.mark.parametrize('family', COVERED)
@@ -65,10 +68,12 @@ def test_state_dict_fits_as_it_is(family):
     plain = PlainDecoder(config_from_hf(hf.config.to_dict()))
     plain.load_state_dict(hf.state_dict())
     assert plain.lm_head.weight is plain.model['embed_tokens'].weight
-    assert {n: p.tolist() for n,p in plain.named_parameters()}=={n: p.tolist() for n,p in hf.named_parameters()}
+    theirs = dict(hf.named_parameters())
+    assert [n for n, _ in plain.named_parameters()]==list(theirs)
+    for n, p in plain.named_parameters(): assert torch.equal(p, theirs[n])
 
 
-BATCHES = {'ragged': ([2, 17, 5, 3, 8], 0), 'prefix': ([3, 9, 1, 6], 12), 'one-token answers': ([1, 1, 1], 10),
+BATCHES = {'ragged': ([2, 17, 5, 3, 8], 0), 'prefix': ([3, 9, 1, 6], 12), 'one-token answers': ([1]*3, 10),
            'identical rows': ([0, 0], 11), 'one row': ([23], 0)}
 
 
@@ -104,8 +109,8 @@ def random_plain(family, tied):
     own = dict(llama=dict(o_bias=True, qkv_bias=True, mlp_bias=True), mistral={}, qwen2=dict(qkv_bias=True),
                qwen3=dict(qk_norm=True))[family]
     torch.manual_seed(7)
-    cfg = ModelConfig(family, vocab_size=V, n_layers=2, width=24, n_heads=6, n_kv_heads=2, head_dim=8, mlp_width=40,
-                      max_length=64, tied=tied, rope_theta=500., **own)
+    cfg = ModelConfig(family, vocab_size=V, n_layers=2, width=24, n_heads=6, n_kv_heads=2, head_dim=8,
+                      mlp_width=40, max_length=64, tied=tied, rope_theta=500., **own)
     plain = shake(PlainDecoder(cfg), 7)
     for p in plain.parameters():
         if p.dim()==2: p.data *= 5 # far from the beginning, where all ids are alike
@@ -116,7 +121,7 @@ def random_plain(family, tied):
 @pytest.mark.parametrize('tied', [True, False])
 @pytest.mark.parametrize('family', COVERED)
 def test_engine_learns_as_the_plain_decoder(family, tied, shape):
-    "Loss and each gradient on ragged rows, with and without a prefix that is computed once, in chunks and whole"
+    "Loss and each gradient on ragged rows, with and without a prefix computed once, in chunks and whole"
     plain = random_plain(family, tied)
     model = engine_twin(plain)
     for learn in ('answer', 'mixed'):
@@ -128,8 +133,9 @@ def test_engine_learns_as_the_plain_decoder(family, tied, shape):
             assert_close(batch_loss(model, batch, chunk)[0], want, atol=0, rtol=1e-5)
             ours = gradients_of(model, lambda batch=batch, chunk=chunk: batch_loss(model, batch, chunk)[0])
             parts = {n: g for name, grad in ours.items() for n, g in file_parts(plain.cfg, name, grad)}
-            for name, g in parts.items(): assert (g - theirs[name]).norm()<=1e-5*theirs[name].norm() + 1e-7, (name, learn, chunk)
             assert parts.keys()==theirs.keys()
+            for name, g in parts.items():
+                assert (g - theirs[name]).norm()<=1e-5*theirs[name].norm() + 1e-7, (name, learn, chunk)
 
 
 def test_bridge_from_the_engine():
@@ -138,29 +144,28 @@ def test_bridge_from_the_engine():
     assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), again.parameters(), strict=True))
 
 
-@pytest.mark.parametrize('choice', [dict(window=4), dict(rope_scaling=dict(rope_type='linear', factor=2.)), dict(rope_dim=4), dict(score_cap=5.),
-                                    dict(logit_cap=5.), dict(sandwich=True), dict(norm_plus_one=True), dict(norm='layer'), dict(embed_scale=2.),
-                                    dict(positions='learned'), dict(gated_mlp=False), dict(query_scale=0.5)])
-def test_what_it_does_not_know_is_refused(choice):
-    cfg = ModelConfig('llama', vocab_size=V, n_layers=1, width=24, n_heads=4, n_kv_heads=2, head_dim=6, mlp_width=40, max_length=64, **choice)
-    with pytest.raises(InputError, match=f'PlainDecoder: knows only {next(iter(choice))}='): PlainDecoder(cfg)
+LINEAR = dict(rope_type='linear', factor=2.)
+
+@pytest.mark.parametrize('name, value', [
+    ('window', 4), ('rope_scaling', LINEAR), ('rope_dim', 4), ('score_cap', 5.), ('logit_cap', 5.), ('norm', 'layer'),
+    ('sandwich', True), ('norm_plus_one', True), ('embed_scale', 2.), ('positions', 'learned'),
+    ('gated_mlp', False), ('query_scale', 0.5)])
+def test_what_it_does_not_know_is_refused(name, value):
+    cfg = ModelConfig('llama', vocab_size=V, n_layers=1, width=24, n_heads=4, n_kv_heads=2, head_dim=6,
+                      mlp_width=40, max_length=64, **{name: value})
+    with pytest.raises(InputError, match=f'PlainDecoder: knows only {name}='): PlainDecoder(cfg)
     Decoder(cfg) # the engine knows it
 
 
-@pytest.fixture(scope='module')
-def default():
-    from sft_nb.loading import fetch_default_model, load_model
-    return load_model(), fetch_default_model()
-
-
-def test_default_model_equals_transformers(default):
-    "SmolLM2's weights, as the engine loads them, in the plain decoder"
-    ours, path = default
-    plain = plain_decoder(ours.cfg, hf_tensors(ours.model))
+def test_default_model_equals_transformers():
+    "SmolLM2's weights and logits, in the engine and in the plain decoder"
+    ours, path = load_model(), fetch_default_model()
     packed = transformers.GgufConfig(dequantize=True)
-    hf = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32,
-                                                           quantization_config=packed).eval()
+    hf = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32, quantization_config=packed).eval()
+    theirs = dict(hf.named_parameters())
+    for n, t in hf_tensors(ours.model): assert torch.equal(t, theirs[n]), n
     ids_BT = torch.randint(0, 49152, (2, 40), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        assert_close(plain(ids_BT), hf(ids_BT).logits, atol=2e-4, rtol=0)
-        assert_close(ours.model(ids_BT), plain(ids_BT), atol=2e-4, rtol=0)
+    with torch.no_grad(): wanted = hf(ids_BT).logits
+    for model in (ours.model, plain_decoder(ours.cfg, hf_tensors(ours.model))):
+        with torch.no_grad(): assert_close(model(ids_BT), wanted, atol=2e-4, rtol=0)
