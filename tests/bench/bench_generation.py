@@ -48,9 +48,11 @@ def prepare(work, model):
 
 def run_ours(folder, dtype, _, max_new):
     from sft_nb.loading import load_model
+    from sft_nb.sampling import Stops
     from sft_nb.generation import generate
     loaded = load_model(folder, dtype=dtype)
-    return lambda prompts: [list(a.ids) for a in generate(loaded.model, loaded.tokenizer, prompts, max_new, stop_ids=STOPS)]
+    until = Stops(max_new, ids=STOPS)
+    return lambda prompts: [list(a.ids) for a in generate(loaded.model, loaded.tokenizer, prompts, until=until)]
 
 
 def run_hf(folder, dtype, size, max_new):
