@@ -124,7 +124,8 @@ def _gemma_fields(hf):
     bias = bool(hf.get('attention_bias', False))
     act = hf.get('hidden_activation') or hf.get('hidden_act') or 'gelu_pytorch_tanh'
     if hf['model_type']=='gemma' and act=='gelu': act = 'gelu_pytorch_tanh' # what the first files meant
-    fields = _common_fields(hf, act, qkv_bias=bias, o_bias=bias, tied=bool(hf.get('tie_word_embeddings', True)))
+    tied = bool(hf.get('tie_word_embeddings', True))
+    fields = _common_fields(hf, act, qkv_bias=bias, o_bias=bias, tied=tied)
     return fields | dict(norm_plus_one=True, embed_scale=hf['hidden_size']**0.5)
 
 # %% ../nbs/04g_families.ipynb #426bc0f8

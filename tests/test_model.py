@@ -718,16 +718,6 @@ def default():
     return got, fetch_default_model()
 
 
-def test_default_model_equals_transformers(default):
-    ours, path = default
-    hf = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32,
-                                                           quantization_config=transformers.GgufConfig(dequantize=True)).eval()
-    theirs = {n: p for n,p in hf.named_parameters()}
-    for n,t in hf_tensors(ours.model): assert torch.equal(t, theirs[n]), n
-    ids_BT = torch.randint(0, 49152, (2, 40), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad(): assert_close(ours.model(ids_BT), hf(ids_BT).logits, atol=2e-4, rtol=0)
-
-
 PIECES = ['a', 'word', ' Word', '  ', '\n', '\n\n', '\t', '\r\n', '12', '3.14', '2024', "'s", "'LL", 'é', 'e\u0301', '漢字', '🙂', '👩‍👩‍👧', '\u200d', '½', '²', '٣', '\x00',
           '<|im_', '|>', 'ﬁ', 'ß', '\u00a0', '\u3000', 'Ω', 'ا', 'ִ', '\ufeff', '_', '{}', '```', ' \u2028']
 
