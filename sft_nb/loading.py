@@ -227,7 +227,7 @@ def drop_rowless_tokens(
     settings['model']['vocab'] = {t: i for t,i in vocab.items() if i<n} if isinstance(vocab, dict) else vocab[:n]
     pad,named = tokenizer.pad,{k: v for k,v in tokenizer.config.items() if v not in gone}
     return JsonTokenizer(Tokenizer.from_str(json.dumps(settings)), tokenizer.name, tokenizer.eos,
-                         None if pad in gone else pad, tokenizer.content_tokens, named)
+                         None if pad in gone else pad, tokenizer.content_tokens, config=named)
 
 
 def load_own_template(
