@@ -7,6 +7,7 @@ from torch import nn
 from sft_nb.basics import InputError, load_json, save_json
 from sft_nb.rows import Example
 from sft_nb.batches import collate_examples
+from sft_nb.model import plain_answer
 from sft_nb.decoder import batch_loss
 from sft_nb.loading import load_model
 from sft_nb.saving import save_model
@@ -14,7 +15,6 @@ from sft_nb.lora import (
     LoraConfig, Share, adapted, add_lora, find_targets, merge_lora, remove_lora, trainable_share,
     unmoved_tokens)
 from sft_nb.adapters import load_adapter, quantize_base, save_adapter
-from sft_nb.model import plain_answer
 from sft_nb.sampling import Stops
 from sft_nb.generation import generate
 from sft_nb.steps import TrainConfig, World, describe_run
