@@ -17,9 +17,9 @@ import numpy as np
 from jinja2 import Environment
 from markupsafe import Markup
 from matplotlib import pyplot as plt
-from .comparison import compare_scores
 from .figures import COLORS, figure
 from .scores import Scores
+from .comparison import compare_scores
 
 # %% ../nbs/06g_pages.ipynb #b738dbdf
 def harmless(
