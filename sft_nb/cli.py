@@ -187,7 +187,7 @@ def encode_part(
     "A part of the data as ids, raising `InputError` for rows that cannot be learned"
     from sft_nb.dataset import InstructionDataset
     return InstructionDataset(records, job.loaded.tokenizer, job.template, args.loss_on, args.prompt_weight,
-                              longest_row(job, args), args.over_long)
+                              max_length=longest_row(job, args), over_long=args.over_long)
 
 
 def longest_row(
