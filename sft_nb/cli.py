@@ -346,8 +346,8 @@ def train_command(args):
 # %% ../nbs/07a_cli.ipynb #6afd9587
 def run_command(args):
     "Do all of it: train, answer before and after, score, report"
-    from sft_nb.judge import judge_file, open_judge
     from sft_nb.report import write_report
+    from sft_nb.judge import judge_file, open_judge
     out, judge = run_folder(args), judge_options(args) if wants_judge(args) else None
     train_config(args)
     if judge: open_judge(lambda _: [], **{k: v for k,v in judge.items() if k!='workers'}).server.close() # is it there?
