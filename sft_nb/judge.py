@@ -352,7 +352,7 @@ def open_judge(
 # %% ../nbs/06i_judge.ipynb #0adcfee2
 def judge_file(
     path:str|Path, # A responses file
-    server:Server, # Where the judge is; closed at the end
+    server:Server, # Where the judge is
     how:Judging = Judging(), # Protocol, way of reading, exam, workers
     out:str|Path|None = None, # File of judgments; None: `judgments.jsonl` beside `path`
 )->Judged: # A verdict for every row, or the reason there is none
@@ -369,15 +369,13 @@ def judge_file(
         exam = examine(judge, rows, ledger, how.exam, workers=how.workers) if how.exam else None
         judged = judge_rows(judge, rows, ledger, workers=how.workers, retry_failed=how.retry_failed)
         return replace(judged, exam=exam, notes=_notes(judge, path, exam))
-    finally:
-        ledger.close()
-        server.close()
+    finally: ledger.close()
 
 # %% ../nbs/06i_judge.ipynb #a89a1489
 def judge_pair_files(
     before:str|Path, # Responses file of the first model
     after:str|Path, # Responses file of the second
-    server:Server, # Where the judge is; closed at the end
+    server:Server, # Where the judge is
     how:Judging = Judging(), # Way of reading, workers; the protocol is 'pairs', and there is no exam
     out:str|Path|None = None, # File of judgments; None: `judgments.jsonl` beside `after`
 )->Paired: # Preferences in both orders
@@ -390,6 +388,4 @@ def judge_pair_files(
     judge = open_judge(prompts, server, 'pairs', how.way)
     ledger = Ledger(out or Path(after).with_name('judgments.jsonl'))
     try: return judge_pairs(judge, old, new, ledger, workers=how.workers, retry_failed=how.retry_failed)
-    finally:
-        ledger.close()
-        server.close()
+    finally: ledger.close()

@@ -18,7 +18,8 @@ from .basics import InputError, save_json, write_atomic
 from .responses import load_meta, load_responses, prompt_and_reference, row_ids
 from .scores import METRICS, response_health, score_responses
 from .comparison import agree, compare_scores, score_interval
-from .judge import judge_file, judge_pair_files, load_points
+from .server import Server
+from .judge import Judging, judge_file, judge_pair_files, load_points
 
 # %% ../nbs/06h_report.ipynb #a81cd072
 def pick_rows(
@@ -540,37 +541,34 @@ def write_report(
 # %% ../nbs/06h_report.ipynb #2dced694
 def judge_report(
     path, # A responses file
-    url:str, # Address of the judge's server
-    model:str='', # Name of the judge; '' if the server has exactly one
+    server:Server, # Where the judge is
+    how:Judging=Judging(), # How it is asked
     out=None, # Folder for a report; None: write none
     people=None, # File with scores that somebody gave to the same answers
     scale:tuple=(0, 100), # Worst and best possible score in that file
-    **options, # More for `judge_file`
 )->dict: # What `report_data` gave
     "Judge one file of answers and report on it"
-    how = dict(judge={'after': judge_file(path, url, model, **options)}, people=people, scale=scale)
-    if out is None: return report_data(None, path, **how)
-    return write_report(out, title=Path(path).name, base_rows=None, tuned_rows=path, **how)
+    found = dict(judge={'after': judge_file(path, server, how)}, people=people, scale=scale)
+    if out is None: return report_data(None, path, **found)
+    return write_report(out, title=Path(path).name, base_rows=None, tuned_rows=path, **found)
 
 def compare_files(
     before, # Responses file of the first model
     after, # Responses file of the second
     out=None, # Folder for a report; None: write none
-    url:str|None=None, # Address of a judge's server; None: do without a judge
-    model:str='', # Name of the judge; '' if the server has exactly one
+    server:Server|None=None, # Where a judge is; None: do without a judge
+    how:Judging=Judging(), # How it is asked
     people=None, # File with scores that somebody gave to the second file's answers
     scale:tuple=(0, 100), # Worst and best possible score in that file
-    **options, # More for `judge_file`
 )->dict: # What `report_data` gave
     "Compare two files of answers, with a judge if there is one: each file by itself, and side by side"
     judge, pairs = None, None
-    if url:
-        judge = {name: judge_file(path, url, model, **options) for name,path in (('before', before), ('after', after))}
-        of_pairs = {k: v for k,v in options.items() if k not in ('protocol', 'exam')}
-        pairs = judge_pair_files(before, after, url, model, **of_pairs)
-    how = dict(judge=judge, people=people, scale=scale)
+    if server is not None:
+        judge = {name: judge_file(path, server, how) for name,path in (('before', before), ('after', after))}
+        pairs = judge_pair_files(before, after, server, how)
+    found = dict(judge=judge, people=people, scale=scale)
     title = f'{Path(before).name} and {Path(after).name}'
-    if out is not None: return write_report(out, title=title, base_rows=before, tuned_rows=after, pairs=pairs, **how)
-    data = report_data(before, after, **how)
+    if out is not None: return write_report(out, title=title, base_rows=before, tuned_rows=after, pairs=pairs, **found)
+    data = report_data(before, after, **found)
     if pairs is not None: _add_pairs(data, pairs)
     return data

@@ -72,18 +72,16 @@ def server_answers(
 def respond_file(
     data:str|Path, # File of records to answer, in any format of `00a_readers`
     out:str|Path, # Responses file to make
-    server:Server, # Where to ask; closed at the end
+    server:Server, # Where to ask
     max_new:int = 256, # Longest answer, in tokens
     workers:int|None = None, # Questions under way at a time; None: 1 on this machine, 8 elsewhere
 )->list: # The rows of the finished file
     "Have a server answer a file of records: `respond_file('test.json', 'answers.json', Server(url))`"
     records = load_records(data, need_answer=False)
-    try:
-        first_reply(server)
-        greedy = 'temperature' not in server.drop and not server.extra.get('temperature')
-        settings = {'model': server.model, 'url': server.place.base,
-                    'decoding': 'greedy' if greedy else "the server's own",
-                    'max_new': max_new, 'extra': server.extra}
-        n = n_workers(server, workers)
-        return answer_file(out, records, server_answers(server, max_new, n), settings, batch_size=4*n)
-    finally: server.close()
+    first_reply(server)
+    greedy = 'temperature' not in server.drop and not server.extra.get('temperature')
+    settings = {'model': server.model, 'url': server.place.base,
+                'decoding': 'greedy' if greedy else "the server's own",
+                'max_new': max_new, 'extra': server.extra}
+    n = n_workers(server, workers)
+    return answer_file(out, records, server_answers(server, max_new, n), settings, batch_size=4*n)

@@ -317,6 +317,10 @@ class Server:
         "End all connections, those under way too"
         self.client.close()
 
+    def __enter__(self): return self
+
+    def __exit__(self, *_): self.close()
+
 # %% ../nbs/06d_server.ipynb #375120bd
 def chat(
     server:Server, # Whom to ask
