@@ -7,14 +7,14 @@ __all__ = ['PEFT_REFUSED', 'BASE_CHANGED', 'adapter_tensors', 'save_adapter', 'r
            'load_adapter', 'quantize_base']
 
 # %% ../nbs/04m_adapters.ipynb #b6e3a9a2
-import math, os, shutil, tempfile
+import math
 from dataclasses import replace
 from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from .basics import InputError, load_json, save_json, shorten
+from .basics import InputError, load_json, save_json, shorten, whole_folder
 from .decoder import Decoder
 from .families import hf_names
 from .lora import Adapter, LoraConfig, adapted, add_lora, linear_parts
@@ -50,8 +50,6 @@ def save_adapter(
     "Write the adapters for `load_adapter` and for `peft`: whole, or not at all"
     maps,folder = adapted(model),Path(folder)
     if not maps: raise InputError("save_adapter: the model has no adapters, got a plain one; use save_model")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder}: exists and is not empty; choose another folder or remove it")
     cfg,tensors = maps[0].adapter.cfg,adapter_tensors(model)
     targets = sorted({_short(k.split('.lora_')[0]) for k in tensors if '.lora_' in k})
     tokens = {_token_key(model, t).split('.')[-3]: r.ids for t,r in model.token_rows.items()}
@@ -60,16 +58,10 @@ def save_adapter(
                     r=cfg.rank, lora_alpha=cfg.alpha, lora_dropout=cfg.dropout, use_rslora=cfg.root_scale, bias='none',
                     fan_in_fan_out=model.cfg.family=='gpt2', init_lora_weights=True, inference_mode=True,
                     trainable_token_indices=tokens or None)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f'.{folder.name}.', dir=folder.parent))
-    try:
+    with whole_folder(folder) as temporary:
         save_file(tensors, temporary/'adapter_model.safetensors', metadata=dict(format='pt'))
         save_json(temporary/'adapter_config.json', settings, indent=2)
         if meta: save_json(temporary/'sft_nb.json', meta, indent=2)
-        temporary.chmod(0o755)
-        if folder.exists(): folder.rmdir()
-        os.replace(temporary, folder)
-    finally: shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from .basics import InputError
 from .model import ModelConfig
+from .positions import rope_limit
 from .kernels import ByHand, in_float32, softcap
 from .layout import (FlatBatch, Heads, Layout, causal_mask, layout_masks, longest_row, make_layout,
     put_back, single_heads, take_heads)
@@ -165,7 +166,7 @@ class RectangleAttention:
         found = [attend_rows(heads, mask, window, lay.cfg, self.cuts) for heads, mask in zip(parts, masks)]
         return put_back(found, lay, at_M, by_hand=self.cuts.by_hand)
 
-# %% ../nbs/04d_attention.ipynb #30ac2a62
+# %% ../nbs/04d_attention.ipynb #a6600817
 def rectangle_attention(
     batch:FlatBatch, # Rows with all of their keys
     cfg:ModelConfig, # The model
@@ -175,18 +176,17 @@ def rectangle_attention(
     min_saving = cuts.min_saving if batch.pos_N.device.type=='cpu' else math.inf
     return RectangleAttention(cuts, make_layout(batch, cfg, min_saving), longest_row(batch))
 
-# %% ../nbs/04d_attention.ipynb #8d0862fa
-def _check_goes_on(past, n_prefix, longest, cfg):
+# %% ../nbs/04d_attention.ipynb #df323992
+def _check_goes_on(past, n_prefix, longest, limit):
     "Raise `InputError` if a batch with such a prefix and such a longest row cannot go on from the cache"
     if past.lengths is not None and n_prefix:
         raise InputError('cache: already holds rows, so a batch cannot bring a prefix, got one of '
                          f'{n_prefix} tokens; collate with share_prefix=False')
-    limit = cfg.rope_limit
     if (past.rope_length or longest)<=limit<longest:
-        raise InputError(f'cache: this model turns rows of more than {limit} tokens otherwise than the keys that '
-                         f'are kept, got a row that grows to {longest}; read it anew with an empty cache')
+        raise InputError(f'cache: this model turns rows of more than {limit} tokens otherwise than '
+                         f'the keys that are kept, got a row that grows to {longest}; read it anew with an empty cache')
 
-# %% ../nbs/04d_attention.ipynb #b3a56c4c
+# %% ../nbs/04d_attention.ipynb #420e1a2e
 def _with_room(kept, k, n_slots):
     "Keys and values (2, B, K, room, d) with room for `n_slots` tokens, those that were `kept` included"
     if kept is not None and kept.shape[3]>=n_slots: return kept
@@ -194,7 +194,7 @@ def _with_room(kept, k, n_slots):
     if kept is not None: larger[:,:,:,:kept.shape[3]] = kept
     return larger
 
-# %% ../nbs/04d_attention.ipynb #aea0add1
+# %% ../nbs/04d_attention.ipynb #f9dacb36
 @torch.no_grad()
 def _write_slots(kept, slots_BT, new):
     "Write keys and values of tokens, each (B, K, T, d), to their slots of `kept`; gradients end here"
@@ -217,13 +217,13 @@ class KVCache:
 
     def begin(self,
         batch:FlatBatch, # What will be read next
-        cfg:ModelConfig, # Says whether long rows are turned otherwise
+        limit:float = math.inf, # Longest row that is turned as short ones are
     ):
         "Make room for a batch, raising `InputError` if it cannot go on from here; called once for each batch"
         lens_B = batch.starts_B1.diff()
         before_B = torch.zeros_like(lens_B) if self.lengths is None else self.lengths
         longest = (batch.n_prefix or self.n_prefix) + int((before_B + lens_B).max())
-        _check_goes_on(self, batch.n_prefix, longest, cfg)
+        _check_goes_on(self, batch.n_prefix, longest, limit)
         self.n_prefix = batch.n_prefix or self.n_prefix
         self.rope_length = self.rope_length or longest
         self.lengths = before_B + lens_B
@@ -247,7 +247,7 @@ class KVCache:
         if self.lengths is not None: self.lengths = self.lengths[rows]
         self.own = {layer: kept[:,rows] for layer, kept in self.own.items()}
 
-# %% ../nbs/04d_attention.ipynb #068d796a
+# %% ../nbs/04d_attention.ipynb #14aa378e
 def cache_masks(
     past:KVCache, # That has begun a batch
     window:int|None, # As for `causal_mask`
@@ -264,7 +264,7 @@ def cache_masks(
     if not n_prefix or window is None: return own, None
     return own, causal_mask(query_BT, key[:n_prefix], window, group, dtype)[:,None]
 
-# %% ../nbs/04d_attention.ipynb #ad5f8c5f
+# %% ../nbs/04d_attention.ipynb #9756976e
 @dataclass
 class _PastAttention:
     "What the ways with a cache share"
@@ -296,7 +296,7 @@ class _PastAttention:
             return attend_grouped(heads, own, cfg.scale, cfg.score_cap)
         return Attend.of(*heads, own.flatten(0, 1), cfg.scale)
 
-# %% ../nbs/04d_attention.ipynb #75e27e6d
+# %% ../nbs/04d_attention.ipynb #0869b18b
 class StepAttention(_PastAttention):
     "`Attention` of rows that bring one token each and go on from a cache"
     def attend(self,
@@ -310,7 +310,7 @@ class StepAttention(_PastAttention):
         found = found.reshape(len(heads_NQd), -1)
         return found if at_M is None else found[at_M]
 
-# %% ../nbs/04d_attention.ipynb #c960b950
+# %% ../nbs/04d_attention.ipynb #c40d00e3
 @dataclass
 class CachedAttention(_PastAttention):
     "`Attention` of rows that bring several tokens and go on from a cache"
@@ -334,7 +334,7 @@ class CachedAttention(_PastAttention):
         mask = layout_masks(self.lay, window, heads.q.dtype)[0]
         return attend_rows(heads, mask, window, self.cfg, self.cuts)
 
-# %% ../nbs/04d_attention.ipynb #d3b7a6a9
+# %% ../nbs/04d_attention.ipynb #d6502d02
 def go_on(
     past:KVCache, # What came before; begins the batch
     batch:FlatBatch, # What will be read next
@@ -342,7 +342,7 @@ def go_on(
     cuts:Shortcuts, # Which way to go
 )->Attention: # For all layers
     "Let the rows of a batch go on from a cache, raising `InputError` if they cannot"
-    past.begin(batch, cfg)
+    past.begin(batch, rope_limit(cfg))
     n_rows = len(batch.starts_B1) - 1
     if len(batch.ids_N)==n_rows: return StepAttention(cfg, cuts, past) # a token a row, and no prefix
     return CachedAttention(cfg, cuts, past, lay=make_layout(batch, cfg, prefix_in_rows=False))

@@ -17,9 +17,11 @@ from functools import partial
 from pathlib import Path
 from . import __version__
 from .basics import InputError, load_json, save_json
-from .data import Message, Record, default_data_file, load_records, split_records, summarize_records
-from .machine import choose_device
-from .templates import TextTemplate, get_template, template_names
+from .data import Message, Record, summarize_records
+from .readers import default_data_file, load_records
+from .split import split_records
+from .templates import TextTemplate
+from .chat import get_template, template_names
 
 # %% ../nbs/07a_cli.ipynb #1a2a2e10
 class Stopped(Exception):
@@ -140,7 +142,8 @@ def open_model(
     say=print, # Where progress goes
 )->tuple: # `Loaded`, the template, and the ids that were added to the vocabulary for it
     "Load the model, and settle which template it is asked in"
-    from sft_nb.loading import load_model
+    from sft_nb.machine import choose_device
+    from sft_nb.loading import load_model # torch is not for a quick --help
     device, loaded = choose_device(args.device), load_model(args.model)
     template = choose_template(loaded, args.template, args.force_template)
     loaded, added = fit_vocabulary(loaded, template, say)
@@ -202,9 +205,11 @@ def check_questions(
 ):
     "Raise `InputError` if a record cannot be answered: better now than after the training"
     from sft_nb.rows import encode_prompt
+    from sft_nb.sampling import Stops
     from sft_nb.generation import check_prompts
     prompts = [encode_prompt(r, job.template, job.loaded.tokenizer) for r in records]
-    check_prompts(job.loaded.model, prompts, args.max_new, [r.where for r in records])
+    Stops(args.max_new)
+    check_prompts(job.loaded.model, prompts, [r.where for r in records])
 
 
 def train_config(
@@ -224,6 +229,7 @@ def answer(
     say=print, # Where progress goes
 )->list: # Rows of the responses file
     "Answer `records` greedily, batch by batch, into a file"
+    from sft_nb.sampling import Stops
     from sft_nb.generation import answer_records
     from sft_nb.responses import answer_file, load_meta
     from sft_nb.scores import response_health
@@ -231,7 +237,8 @@ def answer(
     loaded, start = job.loaded, time.perf_counter()
     settings = dict(model=loaded.source, model_fingerprint=loaded.fingerprint, template=job.template.name,
                     template_fingerprint=job.template.fingerprint, decoding='greedy', max_new=args.max_new)
-    reply = partial(answer_records, loaded.model, loaded.tokenizer, job.template, max_new=args.max_new, progress=sys.stderr.isatty())
+    reply = partial(answer_records, loaded.model, loaded.tokenizer, job.template,
+                    until=Stops(args.max_new), progress=sys.stderr.isatty())
     rows = answer_file(path, records, reply, settings, batch_size=128)
     say(f"answers   {path}: {response_health(rows, load_meta(path))} ({time.perf_counter()-start:.0f} s)")
     return rows
@@ -255,7 +262,7 @@ def check_job(
 )->tuple: # Settings, rows to train on, rows to validate on
     "Encode the rows and look at everything that can be looked at before training, raising `InputError`"
     from sft_nb.lora import LoraConfig, add_lora
-    from sft_nb.generation import default_stop_ids
+    from sft_nb.sampling import default_stop_ids
     from sft_nb.preflight import preflight
     cfg, model = train_config(args), job.loaded.model
     check_same_run(out, run_settings(job, args))
@@ -294,6 +301,7 @@ def train_model(
     say=print, # Where progress goes
 ): # `TrainLog`
     "Train and save the model, its log and its plot under `out`; with `args.resume` go on where a run stopped"
+    from sft_nb.machine import choose_device
     from sft_nb.loading import load_model
     from sft_nb.saving import save_model
     from sft_nb.lora import merge_lora
@@ -436,7 +444,8 @@ def inspect_command(args):
 def chat_command(args):
     "Talk to a model; an empty line or the end of input ends the talk"
     from sft_nb.rows import encode_prompt
-    from sft_nb.generation import default_stop_ids, stream
+    from sft_nb.sampling import Stops, default_stop_ids
+    from sft_nb.generation import stream
     loaded, template, _ = open_model(args, say=lambda text: None)
     model, tokenizer, turns = loaded.model, loaded.tokenizer, []
     alone = isinstance(template, TextTemplate)
@@ -444,7 +453,8 @@ def chat_command(args):
     while asked := read_line():
         turns = [*([] if alone else turns), Message('user', asked)]
         prompt, said = encode_prompt(Record(tuple(turns), {}), template, tokenizer), ''
-        for piece in stream(model, tokenizer, prompt, args.max_new, stop_ids=default_stop_ids(model, tokenizer, template)):
+        until = Stops(args.max_new, ids=default_stop_ids(model, tokenizer, template))
+        for piece in stream(model, tokenizer, prompt, until=until):
             print(piece, end='', flush=True)
             said += piece
         print()

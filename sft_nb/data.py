@@ -4,20 +4,16 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'FORMATS', 'Message', 'Record', 'text_field', 'read_alpaca', 'read_message', 'read_turns', 'read_phi3',
-           'read_prompt', 'find_format', 'read_record', 'as_records', 'summarize_records', 'Split', 'split_sizes',
-           'prompt_key', 'Groups', 'split_records', 'load_rows', 'iter_records', 'load_records', 'save_records',
-           'default_data_file']
+           'read_prompt', 'find_format', 'check_format', 'read_record', 'as_records', 'summarize_records', 'Split',
+           'split_sizes', 'split_in_order', 'prompt_key']
 
 # %% ../nbs/00_data.ipynb #7ba8cd3f
-import csv, gzip, hashlib, io, json, os, re
+import hashlib, json, re
 from collections import Counter
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from pathlib import Path
-from typing import Iterator, NamedTuple
-from sft_nb.basics import (
-    CutOffError, InputError, _json_text, decode_text, near_misses, open_bytes, parse_json, shorten,
-    write_atomic)
+from typing import NamedTuple
+from .basics import InputError, near_misses, shorten
 
 # %% ../nbs/00_data.ipynb #a834e9ae
 @dataclass(frozen=True, slots=True)
@@ -194,7 +190,7 @@ def find_format(
                      "(rename= gives fields other names)")
 
 # %% ../nbs/00_data.ipynb #9fa79ddf
-def _check_format(fmt):
+def check_format(fmt):
     if fmt is not None and fmt not in FORMATS:
         raise InputError(f"fmt: unknown format {fmt!r}; {near_misses(fmt, FORMATS)}")
 
@@ -207,7 +203,7 @@ def read_record(
     "The `Record` of one `raw` entry, raising `InputError` if it is not right"
     if not isinstance(raw, dict):
         raise InputError(f"{where}: a record must be an object with named fields, got {shorten(raw)}; mend the record")
-    _check_format(fmt)
+    check_format(fmt)
     fmt = fmt or find_format(raw, where)
     telling, reader = FORMATS[fmt]
     if telling not in raw:
@@ -270,6 +266,17 @@ def split_sizes(
     raise InputError(f"split: a part would be empty, got {n} records as train {sizes[0]}, test {sizes[1]}, "
                      f"val {sizes[2]}; add records or change the shares")
 
+# %% ../nbs/00_data.ipynb #b25be822
+def split_in_order(
+    records:list, # `Record`s or dictionaries
+    train:float=0.85, # Share of the set for training, in (0, 1)
+    test:float=0.1, # Share for the test; what is left is for validation
+)->Split: # The three parts, each in file order
+    "Split a set as it stands, the first records for training"
+    records = as_records(records)
+    n_train, n_test, _ = split_sizes(len(records), train, test)
+    return Split(records[:n_train], records[n_train:n_train+n_test], records[n_train+n_test:])
+
 # %% ../nbs/00_data.ipynb #dd3a6f3c
 def prompt_key(
     record, # A `Record`
@@ -277,310 +284,3 @@ def prompt_key(
     "What is asked in a record, in plain form"
     asked = [m for m in record.messages if m.role!='assistant']
     return '\0'.join(f'{m.role}:{" ".join(m.content.casefold().split())}' for m in asked)
-
-# %% ../nbs/00_data.ipynb #25adf89d
-class Groups:
-    "Rows in groups that grow by joining"
-    def __init__(self,
-        n:int, # Rows, each a group of its own at first
-    ): self.parent = list(range(n))
-
-    def root(self, i):
-        "The first row of the group that `i` is in"
-        while self.parent[i]!=i: self.parent[i] = i = self.parent[self.parent[i]]
-        return i
-
-    def join(self, i, j):
-        "Make the groups of `i` and `j` one; False if they were"
-        i, j = sorted((self.root(i), self.root(j)))
-        self.parent[j] = i
-        return i!=j
-
-    def lists(self):
-        "The groups as ascending lists, each row in exactly one"
-        groups = {}
-        for i in range(len(self.parent)): groups.setdefault(self.root(i), []).append(i)
-        return list(groups.values())
-
-# %% ../nbs/00_data.ipynb #514da2b1
-def _deal_groups(records, groups, sizes, seed):
-    "Rows of each part: groups in hashed order, each to the first part that has room for it"
-    turn = lambda group: hashlib.sha256(f'{seed}:{min(prompt_key(records[i]) for i in group)}'.encode()).digest()
-    parts = [[] for _ in sizes]
-    for group in sorted(groups, key=turn):
-        room = [size-len(part) for size,part in zip(sizes, parts)]
-        fits = [k for k,r in enumerate(room) if r>=len(group)]
-        parts[fits[0] if fits else room.index(max(room))] += group
-    return [sorted(part) for part in parts]
-
-# %% ../nbs/00_data.ipynb #04bce92d
-def split_records(
-    records, # `Record`s or dictionaries
-    train:float=0.85, # Share of the set for training, in (0, 1)
-    test:float=0.1, # Share for the test; what is left is for validation
-    seed:int|None=None, # None: file order. A number: by chance, the same for the same number
-    together=(), # With a seed: pairs of indices that must not be parted, such as `find_near_duplicates` gives
-)->Split: # The three parts, each in file order
-    "Split a set in file order, or by chance with equal prompts kept together"
-    records = as_records(records)
-    sizes = split_sizes(len(records), train, test)
-    if seed is None:
-        if together: raise InputError("split: together= needs a seed, since file order moves nothing; pass seed=1")
-        return Split(records[:sizes[0]], records[sizes[0]:sizes[0]+sizes[1]], records[sizes[0]+sizes[1]:])
-    groups, first = Groups(len(records)), {}
-    for i,r in enumerate(records): groups.join(first.setdefault(prompt_key(r), i), i)
-    for i,j,*_ in together:
-        if not (0<=i<len(records) and 0<=j<len(records)):
-            raise InputError(f"split: together= holds indices from 0 to {len(records)-1}, got {shorten((i, j))}; "
-                             "look for the pairs in the same records")
-        groups.join(i, j)
-    parts = _deal_groups(records, groups.lists(), sizes, seed)
-    if not all(parts):
-        raise InputError(f"split: a part is empty, got sizes {[len(p) for p in parts]}, since too many prompts are "
-                         "alike to be parted; add records or join fewer")
-    return Split(*([records[i] for i in part] for part in parts))
-
-# %% ../nbs/00_data.ipynb #34015010
-def _portions(f, where, size=1<<20):
-    line = 1
-    while lines := f.readlines(size):
-        yield line, decode_text(b''.join(lines), where, line)
-        line += len(lines)
-
-def _line_rows(portions, where, dropped):
-    for first, text in portions:
-        last = first+text.count('\n') # the one line that no line break ends
-        for n, line in enumerate(text.split('\n'), first):
-            if not line.strip(): continue
-            try: row = _line_value(line.strip(), f'{where} line {n}', n, n==last)
-            except InputError as e: _drop(e, dropped)
-            else: yield f'{where} line {n}', row
-
-def _line_value(line, where, n, is_last):
-    try: row, end = parse_json(line, where, line=n)
-    except CutOffError:
-        if is_last: raise
-        raise InputError(f"{where}: holds only the beginning of a value, got {shorten(line)}; write one record a line, "
-                         "or a list in [ ]") from None
-    if rest := line[end:]:
-        raise InputError(f"{where}: holds more than one value, got {shorten(rest)}; write one record a line")
-    return row
-
-def _drop(error, dropped):
-    if dropped is None: raise error from None
-    dropped.append(str(error))
-
-# %% ../nbs/00_data.ipynb #0c86dbb1
-def _list_portions(f, where, size=1<<20):
-    line, held = 1, b''
-    while block := f.read(size):
-        end = max(block.rfind(b'"'), block.rfind(b','))
-        if end<1:
-            held += block
-            continue
-        data, held = held+block[:end], block[end:]
-        yield line, decode_text(data, where, line)
-        line += data.count(b'\n')
-    if held: yield line, decode_text(held, where, line)
-
-# %% ../nbs/00_data.ipynb #8f651214
-class _Window:
-    def __init__(self, portions): self.portions, self.text, self.at, self.line = portions, '', 0, 1
-
-    def more(self):
-        self.text, self.at, self.line = self.text[self.at:], 0, self.line+self.text.count('\n', 0, self.at)
-        _, portion = next(self.portions, (0, ''))
-        self.text += portion
-        return portion
-
-    def mark(self):
-        while self.text[self.at:self.at+1] in ' \t\r\n':
-            if self.at<len(self.text): self.at += 1
-            elif not self.more(): return ''
-        return self.text[self.at]
-
-    def take(self): self.at += 1
-
-    def here(self): return self.line+self.text.count('\n', 0, self.at)
-
-    def value(self, where):
-        while True:
-            try: found, self.at = parse_json(self.text, where, self.at, self.line)
-            except CutOffError:
-                if not self.more(): raise
-            else: return found
-
-# %% ../nbs/00_data.ipynb #ef44c2bd
-def _list_rows(portions, where):
-    window, i = _Window(portions), 0
-    window.mark()
-    window.take()
-    while window.mark()!=']':
-        yield f'{where} record {i}', window.value(f'{where} record {i}')
-        mark = window.mark()
-        if mark==']': break
-        if mark!=',': raise InputError(f"{where} line {window.here()}: after record {i} " + (
-            f"a comma is missing, got {mark!r}; mend the file there" if mark else
-            "the list's closing bracket is missing; the file is cut off, so fetch it again"))
-        window.take()
-        if window.mark()==']':
-            raise InputError(f"{where} line {window.here()}: a comma stands before the list's closing bracket; drop it")
-        i += 1
-    window.take()
-    if window.mark():
-        rest = shorten(window.text[window.at:])
-        raise InputError(f"{where}: text after the list's closing bracket, got {rest}; take it out")
-
-# %% ../nbs/00_data.ipynb #ed1229bf
-def _csv_rows(f, where, delimiter):
-    csv.field_size_limit(1<<30) # the default refuses fields above 128 kB
-    rows = csv.reader(io.TextIOWrapper(f, encoding='utf-8-sig', newline=''), delimiter=delimiter, strict=True)
-    try:
-        header = next(rows, [])
-        if len(set(header))<len(header):
-            raise InputError(f"{where}: a column name appears twice, got {shorten(header)}; rename one")
-        for values in rows:
-            if not values: continue
-            if len(values)!=len(header):
-                raise InputError(f"{where} line {rows.line_num}: has {len(values)} values, but the header names "
-                                 f"{len(header)}; check its quotes and {delimiter!r}")
-            yield f'{where} line {rows.line_num}', dict(zip(header, values))
-    except UnicodeDecodeError as e:
-        got = e.object[e.start:e.start+8]
-        raise InputError(f"{where}: is not UTF-8 after line {rows.line_num}, got {got!r}; save it as UTF-8") from None
-    except csv.Error as e:
-        raise InputError(f"{where} line {rows.line_num}: is not CSV, got {e}; check its quotes") from None
-
-# %% ../nbs/00_data.ipynb #6c3810cc
-def _need(package, what):
-    try: return __import__(package, fromlist=['*'])
-    except ImportError:
-        raise InputError(f"{what}: needs the package {package.split('.')[0]!r}, which is not installed; "
-                         "pip install 'sft_nb[datasets]'") from None
-
-# %% ../nbs/00_data.ipynb #df90657f
-def _parquet_rows(f, where):
-    parquet = _need('pyarrow.parquet', where)
-    i = 0
-    try:
-        for batch in parquet.ParquetFile(f).iter_batches(1000):
-            for row in batch.to_pylist():
-                yield f'{where} row {i}', row
-                i += 1
-    except (OSError, ValueError) as e: # pyarrow's own errors are subclasses of these two
-        raise InputError(f"{where}: is a damaged Parquet file, got {shorten(str(e))}; fetch it again") from None
-
-def _hub_rows(name, where):
-    name, _, part = name.partition(':')
-    hub = _need('datasets', where)
-    try: rows = hub.load_dataset(name, split=part or 'train')
-    except Exception as e: # the hub client raises dozens of types; to the user all mean that the set cannot be had
-        raise InputError(f"{where}: cannot be loaded, got {type(e).__name__} {shorten(str(e))}; check the name and the "
-                         "network, write hub:owner/name:split") from None
-    for i, row in enumerate(rows): yield f'{where} row {i}', row
-
-# %% ../nbs/00_data.ipynb #df3b70ff
-def _date_text(value):
-    if hasattr(value, 'isoformat'): return value.isoformat()
-    raise TypeError
-
-def _json_row(row, where):
-    "`row` as it will come back from JSON"
-    back = {}
-    for name, value in row.items():
-        try: back[name] = json.loads(json.dumps(value, default=_date_text, allow_nan=False))
-        except (TypeError, ValueError):
-            raise InputError(f"{where}: field {name!r} holds what JSON cannot, got {shorten(value)}; store it as text, "
-                             "or take the column out") from None
-    return back
-
-def _json_rows(rows, dropped):
-    for where, row in rows:
-        try: row = _json_row(row, where)
-        except InputError as e: _drop(e, dropped)
-        else: yield where, row
-
-# %% ../nbs/00_data.ipynb #245ea6c5
-def load_rows(
-    path, # JSON, JSONL, CSV, TSV or Parquet, perhaps gzipped; '-' is standard input, 'hub:owner/name' a set on the hub
-    dropped:list|None=None, # Collects messages about lines and rows that are left out; None: the first one raises
-)->Iterator: # Pairs of an address such as "x.json record 3" or "x.jsonl line 4", and what stands there
-    "The raw entries of a file, each with its address, one by one"
-    where = 'standard input' if str(path)=='-' else str(path)
-    if where.startswith('hub:'):
-        yield from _json_rows(_hub_rows(where[4:], where), dropped)
-        return
-    with open_bytes(path) as f:
-        table = re.search(r'\.([ct]sv)(\.gz)?$', where, re.I)
-        start = f.peek(1<<16).removeprefix(b'\xef\xbb\xbf').lstrip()[:4]
-        if start==b'PAR1': rows = _json_rows(_parquet_rows(f, where), dropped)
-        elif table: rows = _csv_rows(f, where, '\t' if table[1].lower()=='tsv' else ',')
-        elif start[:1]==b'[': rows = _list_rows(_list_portions(f, where), where)
-        else: rows = _line_rows(_portions(f, where), where, dropped)
-        yield from rows
-
-# %% ../nbs/00_data.ipynb #41264f07
-def _renamed(raw, rename, where):
-    "The fields of `raw` with the names that `rename` gives them"
-    if not rename or not isinstance(raw, dict): return raw
-    names = [rename.get(k, k) for k in raw]
-    if len(set(names))==len(names): return dict(zip(names, raw.values()))
-    twice = Counter(names).most_common(1)[0][0]
-    raise InputError(f"{where}: rename gives two fields the name {twice!r}, got fields {shorten(list(raw))}; give the "
-                     "other one a new name too")
-
-# %% ../nbs/00_data.ipynb #306cc37f
-def iter_records(
-    path, # JSON, JSONL, CSV, TSV or Parquet, perhaps gzipped; '-' is standard input, 'hub:owner/name' a set on the hub
-    fmt:str|None=None, # A key of `FORMATS`; None: recognised from the first record
-    need_answer:bool=True, # Refuse records without an answer?
-    rename:dict|None=None, # The file's names for fields to ours, such as {'question': 'instruction'}
-    dropped:list|None=None, # Collects messages about records that are left out; None: the first one raises
-)->Iterator: # `Record`s in file order
-    "The checked records of a file one by one, for sets that are larger than the memory"
-    _check_format(fmt)
-    names = set()
-    for where, raw in load_rows(path, dropped):
-        if rename and isinstance(raw, dict): names.update(raw)
-        try: record = read_record(_renamed(raw, rename, where), fmt, where, need_answer)
-        except InputError as e: _drop(e, dropped)
-        else:
-            fmt = record.fmt
-            yield record
-    if names and (absent := [k for k in rename if k not in names]):
-        raise InputError(f"{path}: no record has the field {absent[0]!r} of rename; {near_misses(absent[0], names)}")
-
-# %% ../nbs/00_data.ipynb #0f532c38
-def load_records(
-    path, # JSON, JSONL, CSV, TSV or Parquet, perhaps gzipped; '-' is standard input, 'hub:owner/name' a set on the hub
-    fmt:str|None=None, # A key of `FORMATS`; None: recognised from the first record
-    need_answer:bool=True, # Refuse records without an answer?
-    rename:dict|None=None, # The file's names for fields to ours, such as {'question': 'instruction'}
-    dropped:list|None=None, # Collects messages about records that are left out; None: the first one raises
-)->list: # `Record`s in file order, at least one
-    "The checked records of a file, raising `InputError` at the first that is not right"
-    records = list(iter_records(path, fmt, need_answer, rename, dropped))
-    if records: return records
-    why = f"all {len(dropped)} were dropped, the first as {dropped[0]}" if dropped else "write a list of records"
-    raise InputError(f"{path}: holds no records; {why}")
-
-# %% ../nbs/00_data.ipynb #af9cd74f
-def save_records(
-    path, # A file ending in .json or .jsonl, perhaps with .gz after it
-    records, # `Record`s or dictionaries
-):
-    "Write each record exactly as its file had it, extra fields included"
-    kind = re.search(r'\.(jsonl?)(\.gz)?$', str(path))
-    if not kind: raise InputError(f"{path}: records are written as .json or .jsonl, perhaps with .gz; change the name")
-    rows = [r.raw if isinstance(r, Record) else r for r in records]
-    text = ''.join(_json_text(r, None)+'\n' for r in rows) if kind[1]=='jsonl' else _json_text(rows, 4)+'\n'
-    write_atomic(path, gzip.compress(text.encode(), mtime=0) if kind[2] else text)
-
-# %% ../nbs/00_data.ipynb #3d31e188
-def default_data_file()->Path: # data/sft/train/instruction-data.json, here or beside the package
-    "The record set that comes with the library, raising `FileNotFoundError` where there is none"
-    import sft_nb
-    for folder in Path(), Path(sft_nb.__file__).parent.parent:
-        file = folder/'data'/'sft'/'train'/'instruction-data.json'
-        if os.path.exists(file): return file
-    raise FileNotFoundError(f"{file}: the set that comes with the repository is not there; pass a file of your own")

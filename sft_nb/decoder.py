@@ -8,15 +8,16 @@ __all__ = ['Block', 'TargetBatch', 'Decoder', 'batch_loss', 'naive_loss', 'gradi
 # %% ../nbs/04f_decoder.ipynb #c5f2beda
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from .basics import InputError
-from .model import ACTS, ModelConfig, rope_tables
-from .kernels import Linear, Norm, SwiGLU, TargetLoss, Turn, Twice, in_float32, softcap
+from .model import ACTS, ModelConfig, plain_loss
+from .positions import check_scaling, rope_tables
+from .kernels import Linear, Norm, SwiGLU, Turn, Twice, in_float32, softcap, target_loss
 from .layout import FlatBatch, FlatIds
 from .attention import Attention, KVCache, Shortcuts, go_on, rectangle_attention
 from .flex import check_trains, flat_attention, flex_multiple
@@ -64,13 +65,9 @@ def _make_heads(
     if tables: x = Turn.of(x, *tables, (n_turned, cfg.head_dim), by_hand=by_hand)
     return x.view(len(x), -1, cfg.head_dim)
 
-# %% ../nbs/04f_decoder.ipynb #ca2c75f4
-def _run_mlp(
-    block:_BlockParts, # Weights
-    h:Tensor, # Residual stream (N, D)
-    by_hand:bool = True, # Derivatives written by hand?
-)->Tensor: # (N, D)
-    "What the MLP makes of each position"
+# %% ../nbs/04f_decoder.ipynb #5a168b89
+def _run_mlp(block, h, by_hand=True):
+    "What the MLP makes of each position of the residual stream (N, D)"
     cfg = block.cfg
     x = block.mlp_norm(h, by_hand)
     if not cfg.gated_mlp: return block.down(ACTS[cfg.act](block.up(x, by_hand)), by_hand)
@@ -104,7 +101,7 @@ class TargetBatch(FlatBatch, Protocol):
     @property
     def labels_N(self)->Tensor: "The next id of each position" # int64; any where the weight is 0
     @property
-    def weight_N(self)->Tensor: "How much each label counts" # float32; a label of the prefix once for each row
+    def weight_N(self)->Tensor: "How much each label counts" # float32; one of the prefix once a row
     @property
     def n_targets(self)->float: "The sum of the weights" # 0: nothing is learned
 
@@ -125,7 +122,8 @@ def _fill_up(
     longest = int(starts_B1.diff().max())
     ends = [*range(n, n + n_more, longest)[1:], n + n_more]
     starts_B1 = torch.cat([starts_B1, torch.tensor(ends).to(starts_B1)])
-    return FlatIds(F.pad(batch.ids_N, (0, n_more)), F.pad(batch.pos_N, (0, n_more)), starts_B1, batch.n_prefix)
+    ids_N = F.pad(batch.ids_N, (0, n_more))
+    return FlatIds(ids_N, F.pad(batch.pos_N, (0, n_more)), starts_B1, batch.n_prefix)
 
 # %% ../nbs/04f_decoder.ipynb #87f40d7c
 @dataclass
@@ -155,7 +153,7 @@ def _plan_loss(
 
 # %% ../nbs/04f_decoder.ipynb #47eff563
 def _init_weights(model):
-    "Small random matrices, and norms and biases that change nothing yet; what has no memory will be read from a file"
+    "Small random matrices, norms and biases that change nothing; what has no memory is read later"
     plus_one = model.cfg.norm_plus_one
     for name, p in model.named_parameters():
         if p.is_meta: continue
@@ -169,6 +167,7 @@ class _DecoderParts(nn.Module):
         cfg:ModelConfig, # The model
     ):
         super().__init__()
+        check_scaling(cfg)
         self.cfg = cfg
         self.shortcuts = Shortcuts()
         self.embed = self._table(cfg.vocab_size)
@@ -259,10 +258,9 @@ def _sum_loss(
     plan = _plan_loss(batch, model.shortcuts)
     reads, table = _two_tables(model)
     h = model.hidden(plan.batch, plan.at_M, table=reads)
-    grad = torch.is_grad_enabled()
-    wants = grad and h.requires_grad, grad and table.requires_grad
-    owner = (model.head_weight,) if model.shortcuts.by_hand else ()
-    return TargetLoss.of(h, table, plan.labels_M, plan.weight_M, model.cfg.logit_cap, chunk, wants, owner)
+    owner = model.head_weight if model.shortcuts.by_hand else None
+    cap = model.cfg.logit_cap
+    return target_loss(h, table, plan.labels_M, plan.weight_M, cap=cap, chunk=chunk, owner=owner)
 
 # %% ../nbs/04f_decoder.ipynb #f56c2c8a
 def _full_rows(
@@ -301,8 +299,8 @@ class Decoder(_DecoderParts):
     )->Tensor: # The batch's loss, a sum over targets, or logits (B, T, V)
         "Loss of a batch, or logits of a rectangle; raises `InputError` under autocast"
         if torch.is_autocast_enabled(self.embed.weight.device.type):
-            raise InputError('model: precision comes from its weights, got a call under torch.autocast; call it '
-                             'outside, with weights in bfloat16 if products shall be')
+            raise InputError('model: precision comes from its weights, got a call under torch.autocast; '
+                             'call it outside, with weights in bfloat16 if products shall be')
         if not isinstance(x, Tensor): return _sum_loss(self, x, chunk)
         return self.head(self.hidden(_full_rows(x))).view(*x.shape, -1)
 
@@ -320,14 +318,11 @@ def naive_loss(
     model:Decoder, # The model; its shortcuts are off during the call
     batch:TargetBatch, # A flat `Batch`
 )->Tensor: # Scalar, as from `batch_loss`
-    "The loss of a padded rectangle with all its logits, as any plain training loop computes it"
-    ids_BT, labels_BT, weight_BT = batch.rectangle(0)
+    "The chapter's loss of a padded rectangle with all its logits, as any plain training loop computes it"
     cuts = model.shortcuts
     model.shortcuts = Shortcuts(by_hand=False, attention='products', one_gradient=False)
-    try: logits = model(ids_BT)
+    try: return plain_loss(model, *batch.rectangle(0))[0]
     finally: model.shortcuts = cuts
-    nll = F.cross_entropy(logits.flatten(0, 1), labels_BT.flatten(), ignore_index=-100, reduction='none')
-    return (nll*weight_BT.flatten()).sum()
 
 # %% ../nbs/04f_decoder.ipynb #81c227e7
 def gradients_of(

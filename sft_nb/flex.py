@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from .basics import InputError
 from .model import ModelConfig
 from .kernels import softcap
@@ -52,9 +53,8 @@ def flat_mask(
     batch:FlatBatch, # The rows
     window:int|None = None, # How many positions a query sees, its own included; None: all
     size:int = 128, # Positions of a block
-)->'BlockMask': # Torch's own kind of mask (N, N)
+)->BlockMask: # Torch's own kind of mask (N, N)
     "Which flat positions see which, for FlexAttention"
-    from torch.nn.attention.flex_attention import BlockMask # takes half a second to load, and few need it
     n = len(batch.pos_N)
     seen_II = _seen_blocks(batch, window, size)
     order = seen_II.int().argsort(dim=-1, descending=True, stable=True).int()
@@ -71,7 +71,7 @@ def flex_multiple(
 # %% ../nbs/04e_flex.ipynb #11abb1c0
 def _trains_flex(device): return device.type!='cpu' # torch has no backward kernel there
 
-# %% ../nbs/04e_flex.ipynb #8e743085
+# %% ../nbs/04e_flex.ipynb #b48994f1
 def check_trains(
     cuts:Shortcuts, # Names the attention
     cfg:ModelConfig, # Says whether scores are capped
@@ -84,22 +84,21 @@ def check_trains(
                          '(under torch.no_grad() it works)')
     # seen in torch 2.13: tracing the cap disturbs what the checkpoint notes
     if cuts.recompute and cfg.score_cap is not None:
-        raise InputError("attention: 'flex' has wrong gradients where it is recomputed and scores are capped, got "
-                         f"a cap of {cfg.score_cap}; use 'auto', or no recomputing")
+        raise InputError("attention: 'flex' has wrong gradients where it is recomputed and scores are "
+                         f"capped, got a cap of {cfg.score_cap}; use 'auto', or no recomputing")
 
-# %% ../nbs/04e_flex.ipynb #0a31cd45
+# %% ../nbs/04e_flex.ipynb #9c4ef7ea
 @cache
 def _flex(compiled):
     "Torch's FlexAttention; `compiled` it refuses a 65th shape rather than turn slow"
-    from torch.nn.attention.flex_attention import flex_attention # takes half a second to load
     if compiled: return torch.compile(flex_attention, dynamic=False, fullgraph=True, recompile_limit=64)
     warnings.filterwarnings('ignore', 'flex_attention called without') # on a CPU it serves comparisons
     return flex_attention
 
-# %% ../nbs/04e_flex.ipynb #9b4cca40
+# %% ../nbs/04e_flex.ipynb #2583d830
 def attend_flat(
     heads_NQd:Tensor, # Queries, keys and values of the flat positions
-    mask:'BlockMask', # From `flat_mask`
+    mask:BlockMask, # From `flat_mask`
     cfg:ModelConfig, # The model
 )->Tensor: # What each position finds (N, H*d)
     "Attention of flat positions; has no derivative on a CPU"
@@ -111,7 +110,7 @@ def attend_flat(
                  enable_gqa=cfg.n_heads>n_k)
     return found[0].transpose(0, 1).reshape(len(heads_NQd), -1)
 
-# %% ../nbs/04e_flex.ipynb #2c9516f6
+# %% ../nbs/04e_flex.ipynb #b374ab2d
 @dataclass
 class FlatAttention:
     "`Attention` on the flat positions"
@@ -129,7 +128,7 @@ class FlatAttention:
         found = attend_flat(heads_NQd, self.masks[window], self.cfg)
         return found if at_M is None else found.index_select(0, at_M)
 
-# %% ../nbs/04e_flex.ipynb #ffd9ca7f
+# %% ../nbs/04e_flex.ipynb #75ed903a
 def flat_attention(
     batch:FlatBatch, # Rows with all of their keys
     cfg:ModelConfig, # The model

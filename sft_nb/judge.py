@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from .basics import InputError, shorten
-from .data import load_rows
+from .readers import load_rows
 from .responses import load_meta, load_responses, prompt_and_reference
 from .scores import Scores, words
 from .comparison import Interval, agree, auc, mean_interval

@@ -147,33 +147,10 @@ def _put_slots(
     keys = n_queries + _head_slots((row_M, behind_prefix), cfg.n_kv_heads, rectangle.n_keys)
     return np.concatenate([queries, keys, keys + n_lines*rectangle.n_keys], 1)
 
-# %% ../nbs/04c_layout.ipynb #b27b2680
-@dataclass
-class Layout:
-    "Where the heads of flat positions stand in attention's rectangles; the same for all layers"
-    cfg:ModelConfig # Says how many heads there are
-    rectangles:list # Of `_Rectangle`
-    n_prefix:int # P, tokens of the prefix
-    sizes:list # How many slots the queries, keys and values of each rectangle have
-    take:Tensor # The flat head that each slot reads
-    put:Tensor # The slot that is its own, for each head of each token behind the prefix
-    out:Tensor # (N, H): where each head stands among attention's results
-    masks:dict = field(default_factory=dict) # (Window, precision) -> `layout_masks`, made once for all layers
-
-# %% ../nbs/04c_layout.ipynb #3d2f8cc9
-def make_layout(
-    batch:FlatBatch, # The rows
-    cfg:ModelConfig, # Says how many heads there are
-    min_saving:float = math.inf, # As for `_part_by_length`
-    *,
-    prefix_in_rows:bool = True, # As for `_make_rectangles`
-)->Layout: # On the batch's device
-    "Work out once where all heads go"
-    starts = batch.starts_B1.cpu().numpy()
-    n_prefix = batch.n_prefix
+# %% ../nbs/04c_layout.ipynb #9fcc1b73
+def _place_heads(rectangles, starts, n_prefix, cfg):
+    "For each head of each flat position, its own slot (N, Q) and where it stands in the results (N, H)"
     n_q = cfg.n_heads
-    rectangles = _make_rectangles(batch, min_saving, prefix_in_rows=prefix_in_rows)
-    take = []
     put_NQ = np.empty((starts[-1], n_q + 2*cfg.n_kv_heads), np.int64)
     out_NH = np.empty((starts[-1], n_q), np.int64)
     out_NH[:n_prefix] = np.arange(n_prefix)[:,None] + np.arange(n_q)*n_prefix
@@ -184,13 +161,40 @@ def make_layout(
         token_M = starts[r.rows[places[0]]] + places[1]
         put_NQ[token_M] = n_taken + _put_slots(r, places, cfg)
         out_NH[token_M] = n_found + _out_slots(r, places, cfg)
-        slots = _take_slots(r, starts, cfg)
-        take += slots
-        n_taken += sum(map(len, slots))
-        n_found += len(slots[0])
-    def to(array): return torch.from_numpy(array).to(batch.pos_N.device)
-    return Layout(cfg, rectangles, n_prefix, [len(x) for x in take], to(np.concatenate(take)),
-                  to(put_NQ[n_prefix:].ravel()), to(out_NH))
+        n_taken += len(r.rows)*(n_q*r.n_queries + 2*cfg.n_kv_heads*r.n_keys)
+        n_found += len(r.rows)*n_q*r.n_queries
+    return put_NQ, out_NH
+
+# %% ../nbs/04c_layout.ipynb #bd4c8d31
+@dataclass
+class Layout:
+    "Where the heads of flat positions stand in attention's rectangles; the same for all layers"
+    cfg:ModelConfig # Says how many heads there are
+    rectangles:list # Of rows that share one
+    n_prefix:int # P, tokens of the prefix
+    sizes:list # How many slots the queries, keys and values of each rectangle have
+    take:Tensor # The flat head that each slot reads
+    put:Tensor # The slot that is its own, for each head of each token behind the prefix
+    out:Tensor # (N, H): where each head stands among attention's results
+    masks:dict = field(default_factory=dict) # (Window, precision) -> `layout_masks`, made once for all layers
+
+# %% ../nbs/04c_layout.ipynb #68258362
+def make_layout(
+    batch:FlatBatch, # The rows
+    cfg:ModelConfig, # Says how many heads there are
+    min_saving:float = math.inf, # Pairs of positions that one more rectangle must save; inf: one for all
+    *,
+    prefix_in_rows:bool = True, # Put the prefix's keys in front of each row's own?
+)->Layout: # On the batch's device
+    "Work out once where all heads go: `make_layout(batch, model.cfg, min_saving=4096)`"
+    starts = batch.starts_B1.cpu().numpy()
+    rectangles = _make_rectangles(batch, min_saving, prefix_in_rows=prefix_in_rows)
+    slots = [heads for r in rectangles for heads in _take_slots(r, starts, cfg)]
+    put_NQ, out_NH = _place_heads(rectangles, starts, batch.n_prefix, cfg)
+    own = put_NQ[batch.n_prefix:].ravel()
+    dev = batch.pos_N.device
+    take, put, out = (torch.from_numpy(x).to(dev) for x in (np.concatenate(slots), own, out_NH))
+    return Layout(cfg, rectangles, batch.n_prefix, [len(heads) for heads in slots], take, put, out)
 
 # %% ../nbs/04c_layout.ipynb #ecb82ac1
 def causal_mask(
@@ -206,7 +210,7 @@ def causal_mask(
     mask = torch.zeros(hidden.shape, dtype=dtype, device=key.device).masked_fill_(hidden, -torch.inf)
     return mask.repeat(*[1]*(mask.dim() - 2), n_heads, 1)
 
-# %% ../nbs/04c_layout.ipynb #e265668d
+# %% ../nbs/04c_layout.ipynb #20c5e610
 def layout_masks(
     lay:Layout, # Of a batch
     window:int|None, # As for `causal_mask`
@@ -223,24 +227,24 @@ def layout_masks(
         lay.masks[window,dtype] = [causal_mask(at[s - t:s], at[:s], window, group, dtype) for t, s in shapes]
     return lay.masks[window,dtype]
 
-# %% ../nbs/04c_layout.ipynb #ab10c774
+# %% ../nbs/04c_layout.ipynb #400bd93a
 class Heads(NamedTuple):
     "What is compared and mixed"
     q:Tensor # Queries (B, K, G*T, d): those that use the same key head lie below each other
     k:Tensor # Keys (B, K, S, d)
     v:Tensor # Values, as the keys
 
-# %% ../nbs/04c_layout.ipynb #ea8d837e
+# %% ../nbs/04c_layout.ipynb #01f0388f
 def _in_threes(flat): return [Heads(*flat[i:i+3]) for i in range(0, len(flat), 3)]
 
-# %% ../nbs/04c_layout.ipynb #1a647beb
+# %% ../nbs/04c_layout.ipynb #93f54b84
 def _prefix_heads(heads_NQd, lay):
     "Queries, keys and values of the prefix, as those of a rectangle with one row"
     n_k = lay.cfg.n_kv_heads
     q, k, v = heads_NQd[:lay.n_prefix].transpose(0, 1).contiguous().split([lay.cfg.n_heads, n_k, n_k])
     return Heads(q.view(1, n_k, -1, q.shape[-1]), k[None], v[None])
 
-# %% ../nbs/04c_layout.ipynb #364b225c
+# %% ../nbs/04c_layout.ipynb #68b965a7
 def _prefix_gradient(lay, prefix, rows):
     "What the prefix's queries, keys and values (P, Q, d) get, their copies in the rows included"
     n = lay.n_prefix
@@ -277,7 +281,7 @@ class _TakeHeads(ByHand):
         if lay.n_prefix: dheads[:lay.n_prefix] = _prefix_gradient(lay, threes[0], rows)
         return dheads, None
 
-# %% ../nbs/04c_layout.ipynb #7587cf69
+# %% ../nbs/04c_layout.ipynb #118a81fd
 def take_heads(
     heads_NQd:Tensor, # Queries, keys and values of the flat positions
     lay:Layout, # Of the batch
@@ -305,7 +309,7 @@ class _PutBack(ByHand):
         flat = g.new_zeros(sum(sizes), d).index_copy_(0, ctx.index.view(-1), g.reshape(-1, d))
         return None, *(part.view(shape) for part, shape in zip(flat.split(sizes), ctx.shapes))
 
-# %% ../nbs/04c_layout.ipynb #7e8f29b6
+# %% ../nbs/04c_layout.ipynb #0bba4f8e
 def put_back(
     results:list, # What queries found, a tensor as `Heads.q` for each of `take_heads`
     lay:Layout, # Of the batch

@@ -14,8 +14,8 @@ from typing import Iterator, NamedTuple
 
 import numpy as np
 
-from .basics import InputError, shorten
-from .data import Groups, Record, as_records, prompt_key
+from .basics import Groups, InputError, shorten
+from .data import Record, as_records, prompt_key
 
 # %% ../nbs/00b_lint.ipynb #6ddbc1fd
 _markers = re.compile(r'<\|[^|<>\s]{1,40}\|>|\[/?INST\]|<</?SYS>>|</?s>|<(start|end)_of_turn>|'
@@ -221,7 +221,7 @@ def _verified(texts, pairs, threshold):
     "Triples (i, j, similarity) of the pairs that are alike enough, leaving out what joins nothing new"
     groups, grams, paired = Groups(len(texts)), lru_cache(20_000)(lambda i: trigrams(texts[i])), set()
     for i,j in pairs:
-        if j in paired and groups.root(i)==groups.root(j): continue
+        if j in paired and groups.first(i)==groups.first(j): continue
         a, b = grams(i), grams(j)
         shared = len(a & b)
         if shared<threshold*(len(a)+len(b)-shared): continue

@@ -8,16 +8,16 @@ __all__ = ['NEED_PIECES', 'fill_model', 'empty_decoder', 'copy_weight', 'Loaded'
            'load_own_template', 'load_gguf', 'load_model']
 
 # %% ../nbs/04j_loading.ipynb #e8b0de7f
-import hashlib, json, re, sys
+import json, re, sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from .basics import InputError, file_sha256, load_json, near_misses, shorten
+from .basics import InputError, file_sha256, fingerprint, load_json, near_misses, shorten
 from .model import ModelConfig
 from .decoder import Decoder
-from .families import NAMES, config_from_hf, file_parts
+from .families import FAMILIES, config_from_hf, file_parts
 from .gguf_file import read_gguf
 from .fetch import DEFAULT_MODEL, HUB_NAMES, fetch_default_model, fetch_from_hub
 
@@ -126,7 +126,7 @@ def with_prefix(
     family:str, # Whose names they should be
 )->dict: # The same with full names
     "Put a family's prefix in front of all names, if none has it"
-    prefix = NAMES[family][2].split('.')[0] + '.'
+    prefix = FAMILIES[family].prefix.split('.')[0] + '.'
     if any(n.startswith(prefix) for n in read): return read
     return {n if n=='lm_head.weight' else prefix + n: f for n,f in read.items()}
 
@@ -147,8 +147,8 @@ def load_folder(
     norm = (f for n,f in read.items() if 'ln_f' in n or n.endswith('norm.weight'))
     dtype = dtype or next(norm, lambda: torch.zeros(0))().dtype
     model = fill_model(cfg, lambda n: read[n](), read.keys(), dtype, str(folder))
-    fingerprint = hashlib.sha256(repr(sorted(hashes.items())).encode()).hexdigest()[:16]
-    return Loaded(model, load_tokenizer(folder, cfg), load_own_template(folder), str(folder), fingerprint)
+    digits = fingerprint(repr(sorted(hashes.items())))
+    return Loaded(model, load_tokenizer(folder, cfg), load_own_template(folder), str(folder), digits)
 
 # %% ../nbs/04j_loading.ipynb #9f952635
 def with_generation(
@@ -234,7 +234,7 @@ def load_own_template(
     folder:Path, # A model folder
 ): # A template, or None if the folder has none
     "The template that a model was tuned with or came with"
-    from sft_nb.templates import load_template
+    from sft_nb.chat import load_template
     try: return load_template(folder)
     except FileNotFoundError: return None
 
@@ -256,7 +256,7 @@ def load_model(
 )->Loaded: # Model, tokenizer, template and where they come from
     "Load a model by name, folder or file, raising `InputError` or `FileNotFoundError` in one line"
     if name is None or name==DEFAULT_MODEL:
-        from sft_nb.templates import get_template
+        from sft_nb.chat import get_template
         got = load_gguf(fetch_default_model(cache_dir), dtype)
         return replace(got, source=DEFAULT_MODEL, template=get_template('smollm2'))
     path,hub = Path(name),HUB_NAMES.get(str(name), str(name))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from .basics import InputError
-from .machine import choose_dtype, memory_gib, peak_memory_gib
+from .machine import choose_dtype, free_memory, peak_memory
 from .optimizer import FlatAdamW
 from .steps import (
     TrainConfig, accumulate, block_options, micro_batches, plain_parts, run_bytes, step_rows, validate)
@@ -132,10 +132,10 @@ def try_batch(
 )->Trial: # How it went
     "Train on one batch for a few updates, nothing compiled, then put every weight back"
     dtype,_ = choose_dtype(cfg.dtype, next(model.parameters()).device)
-    flat = FlatAdamW(model, dtype, cfg.betas, cfg.eps, cfg.weight_decay, cfg.clip)
+    flat = FlatAdamW(model, dtype, betas=cfg.betas, eps=cfg.eps, weight_decay=cfg.weight_decay, clip=cfg.clip)
     start_N,losses,secs = None,[],math.inf
     try:
-        start_N = flat.master_N.clone()
+        start_N = flat.tensors()['master'].clone()
         batches = micro_batches(rows, cfg.micro_batch_size, cfg.share_prefix)
         add = lambda f: sum(map(f, batches))
         targets = add(lambda b: b.n_targets)
@@ -148,7 +148,7 @@ def try_batch(
             losses.append(validate(model, rows, cfg.micro_batch_size or len(rows), cfg.share_prefix))
     except InputError: losses.append(math.nan)
     finally:
-        if start_N is not None: flat.master_N.copy_(start_N)
+        if start_N is not None: flat.tensors()['master'].copy_(start_N)
         flat.finish()
     return Trial(tuple(losses), secs, add(lambda b: b.n_tokens), add(lambda b: len(b.ids_N)), add(lambda b: b.padding)/len(batches),
         str(dtype).removeprefix('torch.'))
@@ -189,7 +189,7 @@ def expect_time(
     tokens = sum(len(r.ids)-1 for r in rows)*cfg.epochs
     secs = tokens*trial.secs/trial.n_tokens
     return Finding('ok', 'time', f'about {secs/60:.1f} minutes at {trial.n_tokens/trial.secs:,.0f} tokens/s in {trial.dtype}, validation aside; '
-                   f'at most {peak_memory_gib(device):.1f} GiB so far')
+                   f'at most {peak_memory(device)/2**30:.1f} GiB so far')
 
 def report_padding(
     trial:Trial, # From `try_batch`
@@ -213,7 +213,7 @@ def preflight(
     cfg = replace(cfg, dtype=str(choose_dtype(cfg.dtype, device)[0]).removeprefix('torch.'))
     size,fine = cfg.micro_batch_size or cfg.batch_size,lambda: all(f.grade!='bad' for f in found)
     if fine():
-        found += [check_labels(rows, tokenizer), check_stop(rows, stop_ids, tokenizer), check_memory(model, memory_gib(device), cfg)]
+        found += [check_labels(rows, tokenizer), check_stop(rows, stop_ids, tokenizer), check_memory(model, free_memory(device)/2**30, cfg)]
         if len(val_rows): found.append(check_validation(rows, val_rows))
     try:
         if fine(): found.append(check_first_loss(model, rows, size))

@@ -18,7 +18,8 @@ from typing import NamedTuple
 import numpy as np
 from .basics import InputError, check_choice
 from .data import Record, as_records
-from .templates import Segment, get_template, render_prompt, render_record
+from .templates import Segment, render_prompt, render_record
+from .chat import get_template
 from .tokenizer import Tokenizer
 
 # %% ../nbs/01c_rows.ipynb #ebb6b2e2
@@ -167,6 +168,7 @@ def encode_rows(
 )->list: # A `Row` for each
     "Render and encode `records` together"
     records = list(records)
+    template = get_template(template)
     rendered = [with_start(render_record(r, template), tokenizer) for r in records]
     flags = [{i: m.learn for i,m in enumerate(r.messages) if m.learn is not None} for r in records]
     n_after = lambda r: [m.role for m in reversed(r.messages)].index('assistant')
@@ -225,7 +227,7 @@ def encode_prompt(
     tokenizer:Tokenizer, # Turns text into ids
 )->list: # Ids, as they stand before the answer in training
     "The ids a model reads before it answers `record`"
-    rendered = with_start(render_prompt(record, template), tokenizer)
+    rendered = with_start(render_prompt(record, get_template(template)), tokenizer)
     return list(chain.from_iterable(encode_segments([rendered], tokenizer)[0]))
 
 # %% ../nbs/01c_rows.ipynb #a24922ca

@@ -7,15 +7,15 @@ __all__ = ['Run', 'make_step', 'check', 'judge', 'keep_best', 'take_best', 'save
            'train']
 
 # %% ../nbs/05e_run.ipynb #9df8c003
-import hashlib, os, sys, time
+import os, sys, time
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from .basics import InputError, differences, save_json, write_atomic
-from .machine import choose_dtype, describe_allocator, peak_memory_gib
+from .basics import InputError, differences, fingerprint, save_json, write_atomic
+from .machine import choose_dtype, describe_allocator, peak_memory
 from .batches import lay_flat
 from .flex import check_trains
 from .lora import adapted
@@ -59,7 +59,7 @@ class Run:
         told = {f'{part}.{k}': v for part,d in settings.items() for k,v in asdict(d).items()}
         return {k: v for k,v in told.items() if k not in _TOLD_ELSEWHERE} | dict(
             training_rows=rows_fingerprint(self.train_rows), validation_rows=rows_fingerprint(self.val_rows),
-            trained_weights=hashlib.sha256(repr(trained).encode()).hexdigest()[:16],
+            trained_weights=fingerprint(repr(trained)),
             frozen_weights=frozen_fingerprint(self.model))
 
     def begin(self, dtype):
@@ -69,7 +69,7 @@ class Run:
         if self.sharded:
             from sft_nb.sharding import ShardedAdamW as make
             self.spare = lay_flat([next(r for r in self.train_rows if r.learn[1:].any())], False)
-        self.optimizer = make(self.model, dtype, c.betas, c.eps, c.weight_decay, c.clip)
+        self.optimizer = make(self.model, dtype, betas=c.betas, eps=c.eps, weight_decay=c.weight_decay, clip=c.clip)
         self.log = TrainLog(c, str(dtype).removeprefix('torch.'), len(self.train_rows))
 
     def write(self, *entries):
@@ -107,7 +107,7 @@ def make_step(
     norm = self.optimizer.step(lr, 1/targets)
     self.step += 1
     self.note(StepLog(self.step, self.step/self.per_epoch, loss/targets, lr, norm, int(tokens), targets, padding/len(indices),
-        tokens/(time.perf_counter()-begun), peak_memory_gib(self.device)))
+        tokens/(time.perf_counter()-begun), peak_memory(self.device)/2**30))
     return asked>0
 
 Run.make_step = make_step
@@ -136,14 +136,14 @@ def keep_best(
     self, # `Run`
 ):
     "Put the masters aside: in the run folder, or in memory when there is none"
-    if self.out is None: self.best_N = self.optimizer.master_N.clone()
+    if self.out is None: self.best_N = self.optimizer.tensors()['master'].clone()
     else: self.store(self.out/'best', {k: t for k,t in self.optimizer.tensors().items() if k.startswith('master')}, {}, keep=1)
 
 def take_best(
     self, # `Run`
 ):
     "Overwrite the masters with those of the best validation, raising `InputError` when they are gone"
-    if self.out is None: return self.optimizer.master_N.copy_(self.best_N)
+    if self.out is None: return self.optimizer.tensors()['master'].copy_(self.best_N)
     folder,best = self.out/'best',self.log.best_val.step
     path,meta,_ = self.world.first(lambda: newest_checkpoint(folder))
     if path is None or meta['step']!=best:

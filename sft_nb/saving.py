@@ -7,14 +7,14 @@ __all__ = ['save_model', 'save_own_template', 'save_pieces', 'about_model', 'wri
            'resize_vocab']
 
 # %% ../nbs/04k_saving.ipynb #4b9a4c58
-import os, shutil, tempfile
+import os
 from dataclasses import replace
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import nn
 from . import __version__
-from .basics import file_sha256, load_json, save_json
+from .basics import file_sha256, load_json, save_json, whole_folder
 from .model import count_parameters
 from .decoder import Decoder
 from .families import config_to_hf, hf_tensors
@@ -30,11 +30,7 @@ def save_model(
 )->Path: # `folder`
     "Write a folder that `load_model`, `transformers` and vLLM read: whole, or not at all"
     folder,hf = Path(folder),config_to_hf(model.cfg)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder}: exists and is not empty; choose another folder or remove it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f'.{folder.name}.', dir=folder.parent))
-    try:
+    with whole_folder(folder) as temporary:
         kind = str(model.head_weight.dtype).removeprefix('torch.')
         precision = dict(dtype=kind) | (dict(torch_dtype=kind) if 'torch_dtype' in hf else {})
         save_json(temporary/'config.json', hf | precision, indent=2)
@@ -46,15 +42,11 @@ def save_model(
         if template is not None: save_own_template(temporary, template, getattr(tokenizer, 'start', ''))
         about = about_model(model, tokenizer, template) | (meta or {}) | dict(weights=hashes)
         save_json(temporary/'sft_nb.json', about, indent=2)
-        temporary.chmod(0o755)
-        if folder.exists(): folder.rmdir()
-        os.replace(temporary, folder)
-    finally: shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 # %% ../nbs/04k_saving.ipynb #4a9cbd71
 def save_own_template(folder, template, start):
-    from sft_nb.templates import save_template
+    from sft_nb.chat import save_template
     save_template(folder, template, start)
 
 

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 import httpx
 from .basics import InputError, shorten
-from .data import load_records
+from .readers import load_records
 from .responses import answer_file, text_of
 
 # %% ../nbs/06d_server.ipynb #825adfd8

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from .basics import InputError
-from .optimizer import FlatAdamW, check_decay
+from .optimizer import FlatAdamW, check_decay, windows
 from .checkpoints import open_part, read_tensors, seal_part, writing
 
 # %% ../nbs/05c_sharding.ipynb #0a63540d
@@ -144,7 +144,7 @@ def read_state(
     path,flat = Path(path),isinstance(optimizer, FlatAdamW)
     if (path/'shards').is_dir():
         wanted = optimizer.tensors()
-        if flat: wanted = {f'{kind}/{n}': t for kind,whole in wanted.items() for n,t in optimizer.windows(whole).items()}
+        if flat: wanted = {f'{kind}/{n}': t for kind,whole in wanted.items() for n,t in windows(optimizer.named, whole).items()}
         wanted = {k: t for k,t in wanted.items() if k.split('/')[0] in kinds}
         dcp.load(wanted, storage_reader=dcp.FileSystemReader(path/'shards'), no_dist=not dist.is_initialized())
     elif flat: read_tensors(path/'state.safetensors', {k: t for k,t in optimizer.tensors().items() if k in kinds})

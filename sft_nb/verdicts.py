@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
-from .basics import InputError, near_misses
+from .basics import InputError, fingerprint, near_misses
 from .server import Declined, Passing, Reply, Server, first_reply
 
 # %% ../nbs/06e_verdicts.ipynb #ac1280ed
@@ -388,7 +388,7 @@ def judgment(
     reply, probs = verdict.reply or Reply(''), verdict.probs or {}
     return dict(
         schema=1, key=_key(judge, question), id=question.id, kind=question.kind, tag=question.tag,
-        judge=judge.identity(), prompt_sha=hashlib.sha256(question.prompt.encode()).hexdigest()[:16],
+        judge=judge.identity(), prompt_sha=fingerprint(question.prompt),
         status=verdict.status, value=verdict.value,
         score=None if verdict.value is None else judge.protocol.points(verdict.value),
         probs={str(k): round(p, 6) for k,p in probs.items()}, mass=verdict.mass and round(verdict.mass, 6),

@@ -42,12 +42,13 @@ def sample_answers(
     show=print, # Called with the step and a list of (prompt, answer) texts
 ):  # A hook
     "Let the model answer `prompts` after each validation, raising `InputError` when it is divided among processes"
+    from sft_nb.sampling import Stops
     from sft_nb.generation import generate
     def hook(entry, model):
         if not isinstance(entry, ValLog): return
         if any(hasattr(p, 'full_tensor') for p in model.parameters()):  # a `DTensor`
             raise InputError("sample_answers: the weights are divided among processes, got shard=True; give shard=False, or sample afterwards")
-        answers = generate(model, tokenizer, prompts, max_new)
+        answers = generate(model, tokenizer, prompts, until=Stops(max_new))
         show(entry.step, [(tokenizer.decode_content(list(p)), a.text) for p,a in zip(prompts, answers)])
     return hook
 

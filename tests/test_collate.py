@@ -8,7 +8,8 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from torch.utils.data import DataLoader
 
 from sft_nb.basics import InputError
-from sft_nb.data import default_data_file, load_records, split_records
+from sft_nb.readers import default_data_file, load_records
+from sft_nb.split import split_records
 from sft_nb.tokenizer import get_gpt2_tokenizer
 from sft_nb.rows import Example
 from sft_nb.dataset import InstructionDataset

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from sft_nb import data, lint
-from sft_nb.basics import InputError, load_json, save_json, write_atomic
-from sft_nb.data import as_records, default_data_file, iter_records, load_records, save_records, split_records
+from sft_nb import basics, lint, readers
+from sft_nb.basics import Groups, InputError, load_json, save_json, write_atomic
+from sft_nb.data import Split, as_records
+from sft_nb.readers import default_data_file, iter_records, load_records, save_records
+from sft_nb.split import split_records
 
 ROOT = Path(__file__).resolve().parent.parent
 GOOD = {'instruction': 'Name the opposite.', 'input': 'hot', 'output': 'cold'}
@@ -156,7 +158,7 @@ def test_a_folder_without_search_rights(monkeypatch):
     def denied(path, *args, **more): raise PermissionError(13, 'Permission denied', str(path))
     with monkeypatch.context() as root_may_not, pytest.raises(InputError) as e:
         root_may_not.setattr(os, 'stat', denied)
-        root_may_not.setattr(data, 'open', denied, raising=False)
+        root_may_not.setattr(basics, 'open', denied, raising=False)
         load_records('locked/a.json')
     assert 'locked/a.json: cannot be opened, got Permission denied; check its name and its rights' in str(e.value)
 
@@ -214,14 +216,14 @@ def test_round_trip_is_lossless(tmp_path_factory, rows, name):
 @given(rows=st.lists(json_value, max_size=6), indent=st.sampled_from([None, 0, 4]), size=st.integers(1, 40))
 def test_piecewise_reading_equals_json_load(rows, indent, size):
     content = json.dumps(rows, indent=indent, ensure_ascii=False).encode()
-    found = data._list_rows(data._list_portions(io.BytesIO(content), 'x', size), 'x')
+    found = readers._list_rows(readers._list_portions(io.BytesIO(content), 'x', size), 'x')
     assert [row for _, row in found] == json.loads(content)
 
 
 @settings(max_examples=100, deadline=None)
 @given(content=st.text('é🙂",[\n1', max_size=60).map(str.encode), size=st.integers(1, 9))
 def test_portions_of_a_list_lose_nothing(content, size):
-    portions = list(data._list_portions(io.BytesIO(content), 'x', size))
+    portions = list(readers._list_portions(io.BytesIO(content), 'x', size))
     assert ''.join(t for _, t in portions).encode() == content
     assert [n for n, _ in portions] == [1+''.join(t for _, t in portions[:i]).count('\n') for i in range(len(portions))]
 
@@ -229,7 +231,7 @@ def test_portions_of_a_list_lose_nothing(content, size):
 def test_a_byte_order_mark_is_dropped_at_the_beginning_only():
     content = b'\xef\xbb\xbf["\xef\xbb\xbfa", "\xef\xbb\xbf"]'
     for size in 1, 2, 3, 4, 7, 99:
-        found = data._list_rows(data._list_portions(io.BytesIO(content), 'x', size), 'x')
+        found = readers._list_rows(readers._list_portions(io.BytesIO(content), 'x', size), 'x')
         assert [row for _, row in found] == ['\ufeffa', '\ufeff']
 
 
@@ -259,7 +261,7 @@ def test_a_set_larger_than_one_portion(tmp_path):
 def test_memory_stays_small(tmp_path, between):
     row = json.dumps(GOOD | {'output': 'wörd '*300}, ensure_ascii=False)
     (tmp_path/'a.json').write_text('[' + between.join([row]*30_000) + ']', encoding='utf-8')
-    code = f"from sft_nb.data import *; n = sum(1 for _ in iter_records({str(tmp_path/'a.json')!r})); " \
+    code = f"from sft_nb.readers import *; n = sum(1 for _ in iter_records({str(tmp_path/'a.json')!r})); " \
            "print(n, open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
     n, kilobytes = map(int, python(code).stdout.split())
     assert n == 30_000 and kilobytes < 60_000, 'the file has 48 MB'
@@ -270,9 +272,9 @@ def test_memory_stays_small(tmp_path, between):
 def test_both_words_of_python_for_a_trailing_comma(monkeypatch, message, at):
     class Reader:
         def raw_decode(self, text, start): raise json.JSONDecodeError(message, text, at)
-    monkeypatch.setattr(data, '_json', Reader())
+    monkeypatch.setattr(basics, '_json', Reader())
     with pytest.raises(InputError, match='x: a comma stands before a closing bracket at line 1'):
-        data.parse_json('{"instruction": "a",}', 'x')
+        basics.parse_json('{"instruction": "a",}', 'x')
 
 
 def test_rename_loses_no_field_and_wants_to_be_used(tmp_path):
@@ -294,7 +296,7 @@ def test_rename_loses_no_field_and_wants_to_be_used(tmp_path):
 # -- other sources
 
 def test_standard_input_plain_and_gzipped():
-    code = "from sft_nb.data import load_records; print([r.where for r in load_records('-')])"
+    code = "from sft_nb.readers import load_records; print([r.where for r in load_records('-')])"
     for content in alpaca().encode(), gzip.compress(f'[{alpaca()}]'.encode()):
         assert b'standard input' in python(code, input=content).stdout
 
@@ -366,7 +368,8 @@ def test_missing_package_is_named(tmp_path, monkeypatch, package, path):
 
 def test_import_is_light():
     heavy = "('torch', 'numpy', 'transformers', 'ftfy', 'datasets')"
-    out = python(f"import sys, sft_nb.data; print([m for m in {heavy} if m in sys.modules])").stdout
+    rooms = 'sft_nb.data, sft_nb.readers, sft_nb.split'
+    out = python(f'import sys, {rooms}; print([m for m in {heavy} if m in sys.modules])').stdout
     assert out.strip() == b'[]'
 
 
@@ -375,7 +378,7 @@ def test_import_is_light():
 def test_a_killed_writer_leaves_the_old_file(tmp_path):
     write_atomic(tmp_path/'a.txt', 'old')
     code = f"import os; os.fsync = lambda f: os.kill(os.getpid(), 9)\n" \
-           f"from sft_nb.data import write_atomic; write_atomic({str(tmp_path/'a.txt')!r}, 'new'*9999)"
+           f"from sft_nb.basics import write_atomic; write_atomic({str(tmp_path/'a.txt')!r}, 'new'*9999)"
     assert python(code, check=False).returncode == -9
     assert (tmp_path/'a.txt').read_text() == 'old'
 
@@ -401,7 +404,8 @@ def test_what_json_cannot_hold_is_refused(tmp_path):
 # -- splitting
 
 def test_split_is_the_same_in_another_process():
-    code = "from sft_nb.data import *; s = split_records(load_records(default_data_file()), seed=7); "\
+    code = "from sft_nb.readers import *; from sft_nb.split import *; " \
+           "s = split_records(load_records(default_data_file()), seed=7); "\
            "print(s.test[0].id, s.val[-1].id)"
     runs = {python(code, env=os.environ | {'PYTHONHASHSEED': str(h)}).stdout.decode() for h in (1, 2)}
     split = split_records(load_records(default_data_file()), seed=7)
@@ -492,7 +496,7 @@ def test_search_finds_what_all_pairs_find(threshold):
     assert all(near[p.i, p.j] == p.similarity for p in found), 'nothing is reported that is not so'
     later = {j for _, j in near}
     assert len(later - {p.j for p in found}) <= len(later)*0.01
-    whole, joined = data.Groups(600), data.Groups(600)
+    whole, joined = Groups(600), Groups(600)
     for i, j in near: whole.join(i, j)
     for p in found: joined.join(p.i, p.j)
     assert sum(a != b for a, b in zip(whole.lists(), joined.lists())) <= 2
@@ -535,7 +539,7 @@ def test_a_crowd_of_equal_looking_prompts_is_no_trap():
 def test_a_leak_behind_an_equal_prompt_is_found():
     rows = lambda *prompts: as_records([{'instruction': p, 'output': ''} for p in prompts])
     train, twice = 'Write a poem about the sea and the wind.', 'Write a poem about the sea and the winds.'
-    leaks = lint.find_leaks(data.Split(rows('Count.', train), rows(twice, 'Stop.', twice), rows(twice.upper())))
+    leaks = lint.find_leaks(Split(rows('Count.', train), rows(twice, 'Stop.', twice), rows(twice.upper())))
     assert [(l.parts, l.a.instruction, l.b.instruction) for l in leaks] == [
         ('train and test', train, twice), ('train and test', train, twice), ('test and val', twice, twice.upper())]
 

@@ -11,15 +11,19 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 import sft_nb.encoding as ds
 from sft_nb.basics import InputError
-from sft_nb.data import Message, Record, as_records, default_data_file, load_records
+from sft_nb.data import Message, Record, as_records
+from sft_nb.readers import default_data_file, load_records
 import sft_nb.rows as rows
-from sft_nb.templates import get_template, render_prompt, render_record, save_template, template_names
+from sft_nb.gpt2 import GPT2_FILES
+from sft_nb.templates import render_prompt, render_record
+from sft_nb.chat import get_template, save_template, template_names
 from sft_nb.tokenizer import (
-    GPT2_FILES, JsonTokenizer, as_tokenizer, bpe_tokenizer, get_gpt2_tokenizer, gpt2_as_json, set_start,
+    JsonTokenizer, as_tokenizer, bpe_tokenizer, get_gpt2_tokenizer, gpt2_as_json, set_start,
     tokenizer_from_file)
 from sft_nb.rows import LEARNED, STOP, encode_prompt, encode_record, encode_rows, fit_row, missing_tokens
 from sft_nb.encoding import EncodePlan, encode_all
-from sft_nb.dataset import InstructionDataset, wrong_rows
+from sft_nb.dataset import InstructionDataset
+from sft_nb.audit import wrong_rows
 
 ROOT = Path(__file__).parent.parent
 quick = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
@@ -204,7 +208,7 @@ def test_a_stop_that_swallows_space_does_so_between_turns():
     talk = [dict(role=r, content=c) for r,c in (('user', 'Hi'), ('assistant', 'Hello.'), ('user', 'And now?'), ('assistant', 'Bye.'))]
     [record] = as_records([dict(messages=talk)])
     ours = encode_record(record, 'phi3', as_tokenizer(hf))
-    text = ''.join(s.text for s in render_record(record, 'phi3').segments)
+    text = ''.join(s.text for s in render_record(record, get_template('phi3')).segments)
     assert text.count('<|end|>\n<|user|>')==1 and ours.ids.tolist()==hf.encode(text).ids
 
 
@@ -289,7 +293,7 @@ def test_masks_equal_character_spans_by_transformers(template):
     "transformers tokenizes the joint text; a token is learned if its characters belong to the answer"
     judge, same = transformers_gpt2(), 0
     for r in RECORDS:
-        text = render_record(r, template).text
+        text = render_record(r, get_template(template)).text
         found = judge(text, return_offsets_mapping=True, add_special_tokens=False)
         ours = encode_record(r, template, TIK)
         if found['input_ids']!=ours.ids[:-1].tolist(): continue
@@ -356,7 +360,7 @@ def test_plain_words_begin_as_in_transformers(start, said, tmp_path):
     assert tok.start==start
     for record in RECORDS[:20]:
         ids, prompt = encode_record(record, 'alpaca', tok).ids.tolist(), encode_prompt(record, 'alpaca', tok)
-        assert prompt==theirs(render_prompt(record, 'alpaca').text).input_ids==ids[:len(prompt)]
+        assert prompt==theirs(render_prompt(record, get_template('alpaca')).text).input_ids==ids[:len(prompt)]
         assert encode_record(record, 'chatml', tok).ids[0]==tok.token_id('<|im_start|>')
         every = encode_record(record, 'alpaca', tok, 'all').learn
         assert every[0]==0 and every[1:].all()
@@ -478,7 +482,7 @@ def test_views_hold_no_raw_control_characters(text):
     bare = re.sub(r'\x1b\[[0-9;]*m', '', str(view))
     assert all(c.isprintable() or c=='\n' for c in bare)
     assert '<b>' not in view._repr_html_()
-    assert ''.join(t for _,t,_ in view.tokens)==render_record(record, 'alpaca').text + '<|endoftext|>'
+    assert ''.join(t for _,t,_ in view.tokens)==render_record(record, get_template('alpaca')).text + '<|endoftext|>'
 
 
 # ---------------------------------------------------------------- cache, processes, scale
@@ -598,7 +602,8 @@ def test_pickled_rows_map_the_same_files(tmp_path):
 
 SCALE = """
     import itertools, resource, sys, time
-    from sft_nb.data import load_records, default_data_file, Record, Message
+    from sft_nb.data import Message, Record
+    from sft_nb.readers import default_data_file, load_records
     from sft_nb.dataset import InstructionDataset
     base = load_records(default_data_file())
     words = ' '.join(r.output for r in base)

@@ -42,6 +42,7 @@ def main(folder):
     from sft_nb.loading import load_model
     from sft_nb.saving import save_model
     from sft_nb.lora import LoraConfig, add_lora, merge_lora
+    from sft_nb.sampling import Stops
     from sft_nb.generation import generate
     from sft_nb.run import train
     torch.set_num_threads(1)
@@ -71,7 +72,7 @@ def main(folder):
     saved = load_model(folder/'model').model
     tokenizer = types.SimpleNamespace(eos_id=None, token_id=lambda _: None, decode_content=lambda ids: ' '.join(map(str, ids)))
     prompts = [[1, 2, 3, *range(4, 4+n)] for n in (1, 5, 9)]
-    here, there = (generate(m, tokenizer, prompts, 6, stop_ids=()) for m in (saved, whole))
+    here, there = (generate(m, tokenizer, prompts, until=Stops(6, ids=())) for m in (saved, whole))
     assert [a.ids for a in here] == [a.ids for a in there]
     merge_lora(add_lora(whole, LoraConfig(4)))
     assert all(p.device == second for p in whole.parameters())

@@ -7,16 +7,20 @@ import numpy as np
 import pytest
 import torch
 
-from sft_nb import generation
-from sft_nb.data import load_records, split_records
+from naive import naive_answer
+
+from sft_nb import generation, seats
+from sft_nb.readers import load_records
+from sft_nb.split import split_records
 from sft_nb.tokenizer import get_gpt2_tokenizer
 from sft_nb.rows import encode_prompt
 from sft_nb.model import ModelConfig
 from sft_nb.decoder import Decoder
 from sft_nb.loading import load_model
-from sft_nb.generation import (
-    Ready, Sampling, TextPieces, answer_text, choose_ids, generate, generate_naive, keep_min_p, keep_top_k,
-    keep_top_p, penalise_seen, stream)
+from sft_nb.sampling import (
+    Sampling, Stops, TextPieces, answer_text, choose_ids, keep_min_p, keep_top_k, keep_top_p, penalise_seen)
+from sft_nb.seats import Budget
+from sft_nb.generation import Ready, generate, stream
 
 transformers = pytest.importorskip('transformers')
 torch.set_num_threads(1)
@@ -110,7 +114,7 @@ def test_families_answer_as_transformers(name, tmp_path):
                             do_sample=False, eos_token_id=list(STOPS), pad_token_id=0)[0, len(p):].tolist() for p in prompts]
     for some in (slice(0, 6), slice(3, 6)):
         for batch_size in (2, None):
-            got = generate(ours, Plain(), prompts[some], 9, stop_ids=STOPS, batch_size=batch_size)
+            got = generate(ours, Plain(), prompts[some], until=Stops(9, STOPS), within=Budget(batch_size))
             assert [list(a.ids) for a in got]==want[some]
 
 
@@ -123,10 +127,10 @@ def toy(seed=0, **kw):
     return model
 
 
-def is_naive(model, prompts, max_new, **kw):
-    got = generate(model, Plain(), prompts, max_new, stop_ids=STOPS, **kw)
+def is_naive(model, prompts, max_new, batch_size=None):
+    got = generate(model, Plain(), prompts, until=Stops(max_new, STOPS), within=Budget(batch_size))
     for a, p in zip(got, prompts):
-        assert list(a.ids)==generate_naive(model, p, min(max_new, model.cfg.max_length - len(p)), STOPS)
+        assert list(a.ids)==naive_answer(model, p, min(max_new, model.cfg.max_length - len(p)), STOPS)
         assert (a.finish=='stop')==(a.ids[-1] in STOPS) and a.n_prompt==len(p)
 
 
@@ -153,12 +157,12 @@ def test_a_long_prompt_is_read_in_pieces():
 LONGROPE = dict(rope_type='longrope', original_max_position_embeddings=30, short_factor=[1., 1., 2.], long_factor=[2., 5., 9.])
 
 def test_rows_on_both_sides_of_longrope(monkeypatch):
-    "Short rows, long ones and those that grow from one to the other, read in pieces of 16 ids, with a preamble that is copied, kept apart, or longer than short rows"
+    "Short rows, long ones and those that grow from one to the other, read in pieces of 16 ids, with a prefix that is copied, kept apart, or longer than short rows"
     monkeypatch.setattr(generation, 'READ_TOKENS', 16)
     model = toy(rope_scaling=LONGROPE)
     for same in (0, 9):
         for size in (1, 4, None): is_naive(model, ragged(5, 8, 60, same), 20, batch_size=size)
-    monkeypatch.setattr(generation, 'SHORT', 5)
+    monkeypatch.setattr(seats, 'SHORT_PREFIX', 5)
     is_naive(model, ragged(6, 8, 40, 9), 20, batch_size=4)
     is_naive(model, ragged(6, 5, 20, 50), 20, batch_size=4)
     is_naive(toy(rope_scaling=dict(rope_type='dynamic', factor=4.)), ragged(6, 5, 20, 60), 20, batch_size=4)
@@ -167,31 +171,36 @@ def test_rows_on_both_sides_of_longrope(monkeypatch):
 def test_an_answer_that_crosses_the_limit_is_one_answer():
     "Draws, seen ids and pieces of text go on where they were"
     model, prompts = toy(rope_scaling=LONGROPE), ragged(5, 8, 50)
-    how = dict(max_new=20, stop_ids=(), temperature=0.9, repetition_penalty=1.3)
-    ask = lambda **kw: generate(model, Plain(), prompts, **how, **kw, generator=torch.Generator().manual_seed(3))
+    how, until = Sampling(temperature=0.9, repetition_penalty=1.3), Stops(20, ids=())
+    def ask(batch_size=None):
+        return generate(model, Plain(), prompts, how, until, within=Budget(batch_size), generator=torch.Generator().manual_seed(3))
     whole = ask()
     assert any(a.n_prompt<=30<a.n_prompt+19 for a in whole)
-    for size in (1, 3): assert ask(batch_size=size)==whole
+    for size in (1, 3): assert ask(size)==whole
     for p in prompts:
-        [want] = generate(model, Plain(), [p], 20, stop_ids=())
-        assert ''.join(stream(model, Plain(), p, 20, stop_ids=()))==want.text and want.n_new==20
+        [want] = generate(model, Plain(), [p], until=until)
+        assert ''.join(stream(model, Plain(), p, until=until))==want.text and want.n_new==20
 
 
 def test_low_rank_of_memory_gives_the_same():
     model, prompts = toy(), ragged(4, 20)
-    whole = generate(model, Plain(), prompts, 12, stop_ids=STOPS)
-    for gib in (2e-5, 5e-5, 1e-3): assert generate(model, Plain(), prompts, 12, stop_ids=STOPS, memory_gib=gib)==whole
+    until = Stops(12, STOPS)
+    whole = generate(model, Plain(), prompts, until=until)
+    for gib in (2e-5, 5e-5, 1e-3): assert generate(model, Plain(), prompts, until=until, within=Budget(memory_gib=gib))==whole
 
 
 @pytest.mark.parametrize('how', [dict(temperature=1.), dict(temperature=0.8, top_p=0.9, repetition_penalty=1.3),
                                  dict(repetition_penalty=1.5), dict(temperature=1.4, top_k=10, min_p=0.02)], ids=str)
 def test_an_answer_does_not_depend_on_its_neighbours(how):
     model, prompts = toy(), ragged(6, 17)
-    ask = lambda some, **kw: [a.ids for a in generate(model, Plain(), some, 15, stop_ids=STOPS, **how, **kw)]
-    whole = ask(prompts, generator=torch.Generator().manual_seed(1))
-    for size in (1, 2, 5): assert ask(prompts, generator=torch.Generator().manual_seed(1), batch_size=size)==whole
-    assert ask(prompts[:6], generator=torch.Generator().manual_seed(1))==whole[:6]
-    if 'temperature' in how: assert ask(prompts, generator=torch.Generator().manual_seed(2))!=whole
+    def ask(some, seed=1, batch_size=None):
+        got = generate(model, Plain(), some, Sampling(**how), Stops(15, STOPS), within=Budget(batch_size),
+                       generator=torch.Generator().manual_seed(seed))
+        return [a.ids for a in got]
+    whole = ask(prompts)
+    for size in (1, 2, 5): assert ask(prompts, batch_size=size)==whole
+    assert ask(prompts[:6])==whole[:6]
+    if 'temperature' in how: assert ask(prompts, seed=2)!=whole
 
 
 def test_repetition_penalty_is_transformers():
@@ -202,7 +211,7 @@ def test_repetition_penalty_is_transformers():
         theirs.save_pretrained(d)
         ours = load_model(d).model.eval()
     prompts = ragged(9, 6)
-    got = generate(ours, Plain(), prompts, 20, repetition_penalty=1.4, stop_ids=())
+    got = generate(ours, Plain(), prompts, Sampling(repetition_penalty=1.4), Stops(20, ids=()))
     for a, p in zip(got, prompts):
         want = theirs.generate(torch.tensor([p]), attention_mask=torch.ones(1, len(p), dtype=torch.int64), max_new_tokens=20,
                                do_sample=False, repetition_penalty=1.4, eos_token_id=None, pad_token_id=0)[0, len(p):].tolist()
@@ -211,9 +220,9 @@ def test_repetition_penalty_is_transformers():
 
 def test_stop_strings():
     model, prompts = toy(), ragged(7, 9)
-    free = generate(model, Plain(), prompts, 20, stop_ids=())
+    free = generate(model, Plain(), prompts, until=Stops(20, ids=()))
     stop = free[0].text[5:7]
-    for a, b in zip(generate(model, Plain(), prompts, 20, stop_ids=(), stop_strings=[stop]), free):
+    for a, b in zip(generate(model, Plain(), prompts, until=Stops(20, ids=(), strings=[stop])), free):
         if stop in b.text: assert (a.finish, a.text) == ('stop', b.text[:b.text.index(stop)]) and a.ids==b.ids[:len(a.text)+2]
         else: assert a==b
 
@@ -237,8 +246,8 @@ def test_pieces_are_the_text(seed):
 def test_a_streamed_answer_is_the_answer():
     model = toy()
     for p in ragged(8, 5):
-        [want] = generate(model, Plain(), [p], 12, stop_ids=STOPS)
-        pieces, it = [], stream(model, Plain(), p, 12, stop_ids=STOPS)
+        [want] = generate(model, Plain(), [p], until=Stops(12, STOPS))
+        pieces, it = [], stream(model, Plain(), p, until=Stops(12, STOPS))
         try:
             while True: pieces.append(next(it))
         except StopIteration as end: got = end.value
@@ -249,7 +258,7 @@ def test_a_model_is_left_as_it_was():
     "Also when a step fails, and while a streamed answer waits"
     model = toy().train()
     was = {n: p.clone() for n, p in model.state_dict().items()}
-    it = stream(model, Plain(), [1, 2, 3], 5, stop_ids=())
+    it = stream(model, Plain(), [1, 2, 3], until=Stops(5, ids=()))
     next(it)
     assert model.training and not [m for m in model.modules() if 'forward' in m.__dict__]
     with pytest.raises(RuntimeError, match='stop here'):
@@ -291,7 +300,7 @@ def margin(model, prompt, ids):
 
 def same_answers(loaded, theirs, prompts, max_new):
     "Equal id for id; where a row differs, transformers' own two best scores must be a tie to the fourth digit"
-    got = generate(loaded.model, loaded.tokenizer, prompts, max_new, stop_ids={0, 2})
+    got = generate(loaded.model, loaded.tokenizer, prompts, until=Stops(max_new, {0, 2}))
     ties = 0
     for a, p, want in zip(got, prompts, transformers_answers(theirs, prompts, max_new, {0, 2})):
         if list(a.ids)==want: continue
@@ -316,30 +325,34 @@ def test_110_prompts_to_the_end_as_transformers(default):
 def test_default_model_batched_is_one_by_one(default):
     loaded, _, prompts = default
     some = prompts[:16]
-    got = generate(loaded.model, loaded.tokenizer, some, 24)
-    alone = [generate(loaded.model, loaded.tokenizer, [p], 24)[0] for p in some]
+    got = generate(loaded.model, loaded.tokenizer, some, until=Stops(24))
+    alone = [generate(loaded.model, loaded.tokenizer, [p], until=Stops(24))[0] for p in some]
     assert sum(a.ids!=b.ids for a, b in zip(got, alone))==0
-    for a, p in list(zip(got, some))[:3]: assert list(a.ids)==generate_naive(loaded.model, p, 24, {0, 2})
+    for a, p in list(zip(got, some))[:3]: assert list(a.ids)==naive_answer(loaded.model, p, 24, {0, 2})
 
 
 def test_memory_stays_in_the_plan():
     "A process that answers 20 long prompts within a budget of 40 MiB grows by little more than that"
     code = """
 import resource, torch
-from sft_nb.decoder import Decoder, ModelConfig
-from sft_nb.generation import generate, plan_rows
+from sft_nb.model import ModelConfig
+from sft_nb.decoder import Decoder
+from sft_nb.sampling import Stops
+from sft_nb.seats import Budget, plan_rows
+from sft_nb.generation import generate
 torch.set_num_threads(1)
 class Plain:
     eos_id = None
     def decode_content(self, ids): return ''
 cfg = ModelConfig('llama', vocab_size=64, n_layers=4, width=32, n_heads=16, n_kv_heads=16, head_dim=32, mlp_width=32, max_length=2048)
 model = Decoder(cfg)
-generate(model, Plain(), [[1]*600]*2, 2, memory_gib=40/1024)
+how = dict(until=Stops(2), within=Budget(memory_gib=40/1024))
+generate(model, Plain(), [[1]*600]*2, **how)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 prompts = [[i%64]*(400 + i) for i in range(20)]
-plan = plan_rows(model, prompts, 2, memory_gib=40/1024)
+plan = plan_rows(model, prompts, 2, how['within'])
 assert plan.n_rows<8, plan
-generate(model, Plain(), prompts, 2, memory_gib=40/1024)
+generate(model, Plain(), prompts, **how)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)/1024)
 """
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT, timeout=300)

@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from naive import naive_answer
+
 from sft_nb.basics import InputError, load_json, save_json
 from sft_nb.rows import Example
 from sft_nb.batches import collate_examples
@@ -14,7 +16,8 @@ from sft_nb.lora import (
     LoraConfig, Share, adapted, add_lora, find_targets, merge_lora, remove_lora, trainable_share,
     unmoved_tokens)
 from sft_nb.adapters import load_adapter, quantize_base, save_adapter
-from sft_nb.generation import generate, generate_naive
+from sft_nb.sampling import Stops
+from sft_nb.generation import generate
 from sft_nb.steps import TrainConfig, World, describe_run
 from sft_nb.run import Run, train
 
@@ -131,7 +134,7 @@ def test_generation_uses_adapters(family):
     _, _, ours, _ = family
     shake(add_lora(ours, LoraConfig(4)))
     prompts = [[5, 6, 7], [9], [1, 2, 3, 4, 5, 6]]
-    for a,p in zip(generate(ours, Plain(), prompts, 8), prompts): assert list(a.ids)==generate_naive(ours, p, 8)
+    for a,p in zip(generate(ours, Plain(), prompts, until=Stops(8)), prompts): assert list(a.ids)==naive_answer(ours, p, 8)
 
 
 def test_bfloat16_base_learns_in_float32(family):
@@ -247,8 +250,8 @@ def test_training_on_a_4_bit_base(tmp_path, dtype):
     for got, want in zip(values(ours), values(plain)): torch.testing.assert_close(got, want, atol=0, rtol=0)
     assert all(type(m.weight.data) is not torch.Tensor for m in adapted(ours))
     prompts = [[1, 2, 3], [1, 2, 50, 7, 9]]
-    answers = generate(ours, Plain(), prompts, 6, stop_ids=set())
-    assert [list(a.ids) for a in answers] == [generate_naive(ours, p, 6) for p in prompts]
+    answers = generate(ours, Plain(), prompts, until=Stops(6, ids=()))
+    assert [list(a.ids) for a in answers] == [naive_answer(ours, p, 6) for p in prompts]
 
     train(packed(), rows, rows[:3], cfg, tmp_path/'run', hooks=[lambda e, _: 'enough' if e.step==3 else None])
     again = packed()

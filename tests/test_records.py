@@ -9,8 +9,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from sft_nb.data import as_records, split_records
+from sft_nb.data import as_records
 from sft_nb.lint import find_near_duplicates, lint_records
+from sft_nb.split import split_records
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = json.loads((ROOT/'data/sft/train/instruction-data.json').read_text(encoding='utf-8'))

@@ -11,8 +11,9 @@ import tiktoken
 import torch
 from torch.utils.data import DataLoader
 
-from sft_nb.data import load_records, split_records
+from sft_nb.readers import load_records
 from sft_nb.machine import get_default_device
+from sft_nb.split import split_records
 from sft_nb.templates import format_input
 from sft_nb.dataset import InstructionDataset
 from sft_nb.collate import custom_collate_fn

@@ -1,4 +1,4 @@
-"01_templates against transformers' own rendering, and against the models' formats written down a second time."
+"01_templates and 01a_chat against transformers' own rendering, and against the models' formats written down a second time."
 import json
 import os
 import subprocess
@@ -13,12 +13,11 @@ from jinja2.exceptions import TemplateError
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from sft_nb import templates
+from sft_nb import chat
 from sft_nb.basics import InputError, load_json, save_json
 from sft_nb.data import as_records
-from sft_nb.templates import (
-    ChatTemplate, TextTemplate, as_jinja, format_input, get_template, load_template, render_prompt,
-    render_record, save_template, template_names)
+from sft_nb.templates import TextTemplate, format_input, render_prompt, render_record
+from sft_nb.chat import ChatTemplate, as_jinja, get_template, load_template, save_template, template_names
 
 ROOT = Path(__file__).resolve().parent.parent
 CHAT = [n for n in template_names() if isinstance(get_template(n), ChatTemplate)]
@@ -58,6 +57,7 @@ def record_of(messages): return as_records([{'messages': messages}])[0]
 
 def check_laws(record, template):
     "What must hold for every record and template; gives the rendered record"
+    template = get_template(template)
     whole, prompt = render_record(record, template), render_prompt(record, template)
     assert whole.segments[:len(prompt.segments)] == prompt.segments
     answers = [i for i, m in enumerate(record.messages) if m.role == 'assistant']
@@ -143,10 +143,10 @@ def test_built_in_equals_transformers_and_its_format(name, messages):
         except ValueError: assert text is None
     assume(len(messages) > 1)
     if None in wanted:
-        with pytest.raises(InputError, match='refuses the conv|leaves it out'): render_record(record_of(messages), name)
+        with pytest.raises(InputError, match='refuses the conv|leaves it out'): render_record(record_of(messages), get_template(name))
         return
     whole = check_laws(record_of(messages), name)
-    assert [whole.text, render_prompt(record_of(messages), name).text] == wanted
+    assert [whole.text, render_prompt(record_of(messages), get_template(name)).text] == wanted
 
 
 @pytest.mark.parametrize('name', CHAT)
@@ -259,7 +259,7 @@ def test_only_the_last_answer_ends_with_the_tokenizers_own_token():
 @pytest.mark.parametrize('name', ['chatml', 'llama3', 'alpaca'])
 def test_an_answer_of_weight_zero_is_not_learned(name):
     turns = [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello', 'weight': 0}]
-    assert not any(s.learn for s in render_record(record_of(turns), name).segments)
+    assert not any(s.learn for s in render_record(record_of(turns), get_template(name)).segments)
 
 
 def test_thoughts_are_learned_and_a_forged_one_is_refused():
@@ -304,9 +304,9 @@ def test_the_stop_is_found(source, stop): assert ChatTemplate('x', source, (('eo
 def test_same_pieces_by_the_short_way_and_the_long(monkeypatch):
     turns = [('system', ''), ('user', ' a '), ('assistant', 'b\n'), ('user', '<|im_end|>'), ('assistant', ' ')]
     turns = [{'role': r, 'content': c} for r, c in turns]
-    quick = [render_record(record_of(turns), n) for n in ('chatml', 'phi3', 'llama3', 'zephyr')]
-    monkeypatch.setattr(templates, '_fill', lambda *args: None)
-    assert quick == [render_record(record_of(turns), n) for n in ('chatml', 'phi3', 'llama3', 'zephyr')]
+    quick = [render_record(record_of(turns), get_template(n)) for n in ('chatml', 'phi3', 'llama3', 'zephyr')]
+    monkeypatch.setattr(chat, '_fill', lambda *args: None)
+    assert quick == [render_record(record_of(turns), get_template(n)) for n in ('chatml', 'phi3', 'llama3', 'zephyr')]
 
 
 # -- templates of plain words
@@ -323,17 +323,17 @@ OFFICIAL = {
 @pytest.mark.parametrize('given_input', [True, False])
 def test_official_alpaca_byte_for_byte(given_input):
     record = as_records([{'instruction': 'Add.', 'input': '1, 2' if given_input else '', 'output': '3'}])[0]
-    assert render_record(record, 'alpaca').text == OFFICIAL[given_input]
+    assert render_record(record, get_template('alpaca')).text == OFFICIAL[given_input]
 
 
 @loosely
 @given(instruction=content, given_input=content, output=content)
 def test_text_templates(instruction, given_input, output):
     record = as_records([{'instruction': instruction, 'input': given_input, 'output': output}])[0]
-    assert render_prompt(record, 'scratchpad').text == format_input(record.raw) + '\n\n### Response:\n'
+    assert render_prompt(record, get_template('scratchpad')).text == format_input(record.raw) + '\n\n### Response:\n'
     for name in TEXT:
         whole = check_laws(record, name)
-        assert whole.text.endswith(output) and whole.text == render_prompt(record, name).text + output
+        assert whole.text.endswith(output) and whole.text == render_prompt(record, get_template(name)).text + output
         assert [s.text for s in whole.segments if s.learn] == [output, ''][not output:]
 
 
@@ -344,28 +344,28 @@ def test_text_template_as_jinja_equals_itself_in_transformers(name, instruction,
     record = as_records([{'instruction': instruction, 'input': given_input, 'output': output}])[0]
     template = ChatTemplate('x', as_jinja(get_template(name)), (('eos_token', '</s>'),))
     turns = [{'role': 'user', 'content': instruction, 'input': given_input}, {'role': 'assistant', 'content': output}]
-    assert oracle(template, turns[:1], ask=True) == render_prompt(record, name).text
-    assert oracle(template, turns) == render_record(record, name).text + '</s>'
+    assert oracle(template, turns[:1], ask=True) == render_prompt(record, get_template(name)).text
+    assert oracle(template, turns) == render_record(record, get_template(name)).text + '</s>'
     assert oracle(template, turns + turns) is None
 
 
 def test_conversations_and_system_messages_do_not_fit_alpaca():
     for roles in ('system', 'user', 'assistant'), ('user', 'assistant', 'user', 'assistant'), ('assistant',):
         with pytest.raises(InputError, match="holds one instruction and one answer, got roles"):
-            render_record(record_of([{'role': r, 'content': 'x'} for r in roles]), 'alpaca')
+            render_record(record_of([{'role': r, 'content': 'x'} for r in roles]), get_template('alpaca'))
 
 
 def test_a_record_without_an_answer_is_a_prompt():
     record = as_records([{'messages': [{'role': 'user', 'content': 'Hi'}]}], need_answer=False)[0]
-    assert render_prompt(record, 'chatml').text == '<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n'
-    with pytest.raises(InputError, match='record 0: has no answer to learn'): render_record(record, 'chatml')
+    assert render_prompt(record, get_template('chatml')).text == '<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n'
+    with pytest.raises(InputError, match='record 0: has no answer to learn'): render_record(record, get_template('chatml'))
 
 
 def test_turns_after_the_last_answer_are_in_no_segment():
     turns = [{'role': r, 'content': c} for r, c in (('user', 'Hi'), ('assistant', 'Hello'), ('user', 'Bye'))]
-    assert render_record(record_of(turns), 'chatml') == render_record(record_of(turns[:2]), 'chatml')
+    assert render_record(record_of(turns), get_template('chatml')) == render_record(record_of(turns[:2]), get_template('chatml'))
     for name in TEXT:
-        with pytest.raises(InputError, match='holds 2 user turns'): render_record(record_of(turns), name)
+        with pytest.raises(InputError, match='holds 2 user turns'): render_record(record_of(turns), get_template(name))
 
 
 # -- in a model's folder
@@ -390,7 +390,7 @@ def test_transformers_reads_what_we_save(tmp_path):
         loaded = PreTrainedTokenizerFast.from_pretrained(tmp_path)
         loaded.add_special_tokens(dict(getattr(get_template(name), 'special', ())))
         printed = loaded.apply_chat_template(record.raw['messages'][:1], tokenize=False, add_generation_prompt=True)
-        assert printed == render_prompt(record, name).text
+        assert printed == render_prompt(record, get_template(name)).text
         assert load_template(tmp_path) == get_template(name) == get_template(tmp_path)
 
 
@@ -401,7 +401,7 @@ def test_we_read_what_transformers_saves(tmp_path):
     template = load_template(tmp_path)
     assert dict(template.special) | dict(BOS_EOS) == dict(template.special) and template.stop == '</s>'
     record = record_of([{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello'}])
-    assert render_record(record, template).segments == render_record(record, 'llama2').segments
+    assert render_record(record, template).segments == render_record(record, get_template('llama2')).segments
     assert template.fingerprint == get_template('llama2').fingerprint
 
 
@@ -440,12 +440,12 @@ def test_fingerprints_tell_templates_apart():
     assert replace(one, date='2020-02-02').fingerprint == one.fingerprint
     clock = ChatTemplate('x', "{{ strftime_now('%Y') }}")
     assert replace(clock, date='2020-02-02').fingerprint != clock.fingerprint
-    code = "from sft_nb.templates import *; print(*(get_template(n).fingerprint for n in template_names()))"
+    code = "from sft_nb.chat import *; print(*(get_template(n).fingerprint for n in template_names()))"
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT,
                          env=os.environ | {'PYTHONHASHSEED': '5'}).stdout
     assert set(out.split()) == prints
 
 
 def test_import_needs_no_torch():
-    code = "import sys, sft_nb.templates; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    code = "import sys, sft_nb.chat; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT).stdout.strip() == '[]'

@@ -33,7 +33,8 @@ MAIN = [r for d in ('fp32', 'bf16') for r in (f'ours_{d}', *(f'hf_{d}_{n}' for n
 def prepare(work, model):
     "The model as a folder, and the prompts as ids"
     sys.path.insert(0, str(ROOT))
-    from sft_nb.data import default_data_file, load_records, split_records
+    from sft_nb.readers import default_data_file, load_records
+    from sft_nb.split import split_records
     from sft_nb.rows import encode_prompt
     from sft_nb.loading import load_model
     from sft_nb.saving import save_model
@@ -47,9 +48,11 @@ def prepare(work, model):
 
 def run_ours(folder, dtype, _, max_new):
     from sft_nb.loading import load_model
+    from sft_nb.sampling import Stops
     from sft_nb.generation import generate
     loaded = load_model(folder, dtype=dtype)
-    return lambda prompts: [list(a.ids) for a in generate(loaded.model, loaded.tokenizer, prompts, max_new, stop_ids=STOPS)]
+    until = Stops(max_new, ids=STOPS)
+    return lambda prompts: [list(a.ids) for a in generate(loaded.model, loaded.tokenizer, prompts, until=until)]
 
 
 def run_hf(folder, dtype, size, max_new):

@@ -48,20 +48,22 @@ def repeated_keys(D):
 def tensor_by_tensor(opt):
     "`FlatAdamW.step` with torch's functions for lists of tensors, on the same masters and moments"
     import torch
-    cut = lambda flat: list(opt.windows(flat).values())
+    from sft_nb import optimizer as O
+    flat, how = opt.flat, opt.how
+    cut = lambda flat_N: list(O.windows(opt.named, flat_N).values())
     def step(lr, scale=1.):
-        opt.gather()
-        grads = [g.float() for g in cut(opt.grad_N)]
+        O._gather(flat)
+        grads = [g.float() for g in cut(flat.grad_N)]
         torch._foreach_mul_(grads, scale)
         norm = torch.stack(torch._foreach_norm(grads)).norm().item()
-        if opt.clip and norm>opt.clip: torch._foreach_mul_(grads, opt.clip/norm)
-        opt.n_updates += 1
-        rows = list(zip(cut(opt.master_N), grads, cut(opt.mean_N), cut(opt.square_N)))
-        for decay, some in ((opt.weight_decay, [r for r in rows if r[0].ndim>1]), (0., [r for r in rows if r[0].ndim<2])):
-            torch._fused_adamw_(*map(list, zip(*some)), [], [torch.tensor(float(opt.n_updates)) for _ in some], lr=lr, beta1=opt.betas[0],
-                beta2=opt.betas[1], weight_decay=decay, eps=opt.eps, amsgrad=False, maximize=False)
-        if opt.low: torch._foreach_copy_(cut(opt.work_N), cut(opt.master_N))
-        opt.forget()
+        if how.clip and norm>how.clip: torch._foreach_mul_(grads, how.clip/norm)
+        flat.n_updates += 1
+        rows = list(zip(cut(flat.master_N), grads, cut(flat.mean_N), cut(flat.square_N)))
+        for decay, some in ((how.weight_decay, [r for r in rows if r[0].ndim>1]), (0., [r for r in rows if r[0].ndim<2])):
+            torch._fused_adamw_(*map(list, zip(*some)), [], [torch.tensor(float(flat.n_updates)) for _ in some], lr=lr, beta1=how.betas[0],
+                beta2=how.betas[1], weight_decay=decay, eps=how.eps, amsgrad=False, maximize=False)
+        if flat.low: torch._foreach_copy_(cut(flat.work_N), cut(flat.master_N))
+        O._forget(flat)
         return norm
     return step
 

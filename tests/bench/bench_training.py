@@ -53,7 +53,8 @@ def prepare(folder):
     for name in ('smollm2', 'gpt2'): shutil.rmtree(folder/name, ignore_errors=True)  # of a start that was stopped
     import torch
     sys.path.insert(0, str(ROOT))
-    from sft_nb.data import default_data_file, load_records, split_records
+    from sft_nb.readers import default_data_file, load_records
+    from sft_nb.split import split_records
     from sft_nb.dataset import InstructionDataset
     from sft_nb.model import ModelConfig
     from sft_nb.decoder import Decoder
