@@ -184,7 +184,8 @@ def _check_goes_on(past, n_prefix, longest, limit):
                          f'{n_prefix} tokens; collate with share_prefix=False')
     if (past.rope_length or longest)<=limit<longest:
         raise InputError(f'cache: this model turns rows of more than {limit} tokens otherwise than '
-                         f'the keys that are kept, got a row that grows to {longest}; read it anew with an empty cache')
+                         f'the keys that are kept, got a row that grows to {longest}; '
+                         'read it anew with an empty cache')
 
 # %% ../nbs/04d_attention.ipynb #420e1a2e
 def _with_room(kept, k, n_slots):
