@@ -17,7 +17,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from .basics import InputError
-from .batches import batch_order, lay_flat
+from .batches import lay_flat
+from .loaders import batch_order
 from .attention import ATTENTION, Shortcuts
 from .decoder import batch_loss, compile_blocks
 
