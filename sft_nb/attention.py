@@ -18,8 +18,9 @@ from .basics import InputError
 from .model import ModelConfig
 from .positions import rope_limit
 from .kernels import ByHand, in_float32, softcap
-from .layout import (FlatBatch, Heads, Layout, causal_mask, layout_masks, longest_row, make_layout,
-    put_back, single_heads, take_heads)
+from sft_nb.layout import (
+    FlatBatch, Heads, Layout, causal_mask, layout_masks, longest_row, make_layout, put_back, single_heads,
+    take_heads)
 
 # %% ../nbs/04d_attention.ipynb #998ff610
 def attend_grouped(
