@@ -28,7 +28,7 @@ def adapter_tensors(
     out = {}
     for name,m in model.named_modules():
         if not isinstance(getattr(m, 'adapter', None), Adapter): continue
-        for cut,(A,B) in zip(m.adapter.cuts, m.adapter.parts()):
+        for cut,(A,B) in zip(m.adapter.columns, m.adapter.parts()):
             key = f'base_model.model.{by_cut[name, cut]}.lora_'
             out |= {key+'A.weight': A.contiguous(), key+'B.weight': B.contiguous()}
     for table,rows in model.token_rows.items():
@@ -132,7 +132,7 @@ def load_adapter(
     _check_fit(path, model, cfg, parts, maps, rows)
     add_lora(model, replace(cfg, targets=tuple(maps)), base_dtype=base_dtype)
     for m in adapted(model):
-        names = [n for cut in m.adapter.cuts for n,(other,_,c) in parts.items() if other is m and c==cut]
+        names = [n for cut in m.adapter.columns for n,(other,_,c) in parts.items() if other is m and c==cut]
         m.adapter.A.data.copy_(torch.cat([maps[n]['A'] for n in names]))
         m.adapter.B.data.copy_(torch.cat([maps[n]['B'] for n in names]))
     for table in model.token_rows:
