@@ -15,7 +15,7 @@ from torch import Tensor
 from .basics import InputError, check_fields, rule
 from .machine import free_memory
 from .batches import collate_prompts
-from .layout import Layout
+from .layout import FlatBatch
 from .attention import KVCache
 from .decoder import Decoder
 
@@ -88,24 +88,25 @@ class RowCache(KVCache):
         return self
 
     def begin(self,
-        lay:Layout, # Of the batch
-        lens_B:Tensor, # New tokens of each row
+        batch:FlatBatch, # What the rows in hand bring
+        limit:float = math.inf, # Longest row that is turned as short ones are; rows here never pass it
     ):
         "Find the slots of the batch's tokens; called once for each batch"
         memory = self.memory
+        lens_B = batch.starts_B1.diff()
         self.lengths = memory.used[self.rows].clone()
-        self.slots_BT = self.lengths[:,None] + torch.arange(lay.T, device=lens_B.device)
+        self.slots_BT = self.lengths[:,None] + torch.arange(int(lens_B.max()), device=lens_B.device)
         self.n_slots = memory.grow(int(self.slots_BT.max()) + 1)
         self.to = (memory.line[:,self.rows]*memory.room + self.slots_BT[:,None]).view(-1)
         memory.used[self.rows] += lens_B
 
     def extend(self,
-        i:int, # Layer
+        layer:int, # Number of the block
         k:Tensor, # New keys (B, K, T, d)
         v:Tensor, # New values
     )->tuple: # All keys and values of the rows in hand, (B, K, room, d) each
         "Add what a layer has made of the batch"
-        own = self.own[i]
+        own = self.own[layer]
         own.view(-1, k.shape[-1]).index_copy_(0, self.to, torch.stack([k, v]).view(-1, k.shape[-1]))
         return own[:,self.rows].unbind()
 

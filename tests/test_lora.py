@@ -100,9 +100,7 @@ def test_gradients_are_pefts(family):
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:,1:].flatten(), reduction='sum').backward()
     rows = [Example(r.numpy().astype('int32'), torch.ones(20).numpy(), 'x') for r in ids]
     batch_loss(ours, collate_examples(rows))[0].backward()
-    grads = {}
     for m in adapted(ours):
-        sizes = [b - a for a,b in m.adapter.cuts]
         m.adapter.A.data, m.adapter.B.data = m.adapter.A.grad, m.adapter.B.grad
     save_adapter(folder/'gradients', ours)
     from safetensors.torch import load_file
