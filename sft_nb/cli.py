@@ -445,7 +445,7 @@ def inspect_command(args):
     rows = encode_part(job, job.split.train, args)
     print(f"receipt   {rows.receipt}")
     for record in job.split.train[:args.rows]:
-        print(view_record(record, job.template, job.loaded.tokenizer, args.loss_on, longest_row(job, args), args.over_long))
+        print(view_record(record, job.template, job.loaded.tokenizer, args.loss_on, longest_row(job, args), over_long=args.over_long))
 
 
 def chat_command(args):
