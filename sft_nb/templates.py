@@ -52,6 +52,7 @@ class Rendered:
     segments:tuple # The pieces in order
     where:str = 'record' # Address of the record, for error messages
     bare:bool = False # By a text template, which leaves the tokens at both ends to the tokenizer?
+    n_asked:int|None = None # How many of the pieces are the prompt; None: all of them
 
     @property
     def text(self)->str: # What the model reads
@@ -233,7 +234,7 @@ def render_record(
     prompt = template.prompt(messages[:-1], record)
     asked = ''.join(s.text for s in prompt)
     answer = template.answer(messages, asked, record)
-    return Rendered((*prompt, *answer), record.where, template.bare)
+    return Rendered((*prompt, *answer), record.where, template.bare, len(prompt))
 
 # %% ../nbs/01_templates.ipynb #c8081a86
 def plain_row(
