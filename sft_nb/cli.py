@@ -187,7 +187,7 @@ def encode_part(
     "A part of the data as ids, raising `InputError` for rows that cannot be learned"
     from sft_nb.dataset import InstructionDataset
     return InstructionDataset(records, job.loaded.tokenizer, job.template, args.loss_on, args.prompt_weight,
-                              longest_row(job, args), args.over_long)
+                              max_length=longest_row(job, args), over_long=args.over_long)
 
 
 def longest_row(
@@ -352,7 +352,7 @@ def run_command(args):
     from sft_nb.report import write_report
     out, judge = run_folder(args), judge_options(args) if wants_judge(args) else None
     train_config(args)
-    if judge: open_judge(lambda _: [], **{k: v for k,v in judge.items() if k!='workers'}).server.close() # is it there?
+    if judge: open_judge(lambda _: [], judge['server'], judge['how'].protocol) # is it there?
     job = prepare(args)
     settings = run_settings(job, args)
     check_questions(job, job.split.test, args)
@@ -402,7 +402,10 @@ def judge_options(
 )->dict: # The same for the functions of `sft_nb.judge` and `sft_nb.report`
     "Where the judge is and how it is asked, raising `InputError` if no judge was named"
     if not args.judge_url: raise InputError("judge: no server named, got no --judge-url; add --judge-url http://HOST:PORT/v1")
-    return dict(url=args.judge_url, model=args.judge_model or '', protocol=args.judge_protocol, workers=args.judge_workers)
+    from sft_nb.server import Server
+    from sft_nb.judge import Judging
+    server = Server(args.judge_url, args.judge_model or '')
+    return dict(server=server, how=Judging(protocol=args.judge_protocol, workers=args.judge_workers))
 
 
 def print_judge(
@@ -442,7 +445,7 @@ def inspect_command(args):
     rows = encode_part(job, job.split.train, args)
     print(f"receipt   {rows.receipt}")
     for record in job.split.train[:args.rows]:
-        print(view_record(record, job.template, job.loaded.tokenizer, args.loss_on, longest_row(job, args), args.over_long))
+        print(view_record(record, job.template, job.loaded.tokenizer, args.loss_on, longest_row(job, args), over_long=args.over_long))
 
 
 def chat_command(args):
