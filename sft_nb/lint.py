@@ -264,8 +264,7 @@ def _in_parts(texts, size=5_000_000):
 
 # %% ../nbs/00b_lint.ipynb #eaf2ea35
 def _near_pairs(texts, threshold):
-    "Triples (i, j, similarity) of `texts`, all different, that are at least `threshold` alike"
-    if len(texts)<2 or threshold==1: return []
+    "Triples (i, j, similarity) of `texts`, two at least and all different, that are `threshold` alike"
     n_hashes = _BAND*_n_bands(threshold)
     signatures = np.concatenate([minhash(part, n_hashes) for part in _in_parts(texts)])
     pairs = _promising(_candidates(signatures), signatures, threshold)
@@ -291,6 +290,7 @@ def find_near_duplicates(
     for row, record in enumerate(as_records(records)):
         earlier = first.setdefault(_plain(text_of(record)), row)
         if earlier!=row: found.append(NearPair(earlier, row, 1.))
+    if len(first)<2 or threshold==1: return found
     rows = list(first.values())
     for i, j, near in _near_pairs(list(first), threshold): found.append(NearPair(rows[i], rows[j], near))
     return sorted(found)

@@ -175,7 +175,7 @@ def store(
     "Write a checkpoint: process 0 alone where all have the same tensors, everyone their part where they are sharded"
     if self.sharded:
         from sft_nb.sharding import save_shards
-        save_shards(folder, self.step, tensors, meta, keep)
+        save_shards(folder, self.step, tensors, meta, keep=keep, first=self.world.first)
     elif self.world.rank==0: save_checkpoint(folder, self.step, tensors, meta, keep)
 
 def fetch(
