@@ -7,7 +7,7 @@ __all__ = ['new_folder', 'JobConfig', 'Job', 'read_data', 'choose_template', 'fi
            'longest_row', 'encode_part', 'check_questions', 'answer_part', 'run_settings', 'check_same_run',
            'check_job', 'Stopped', 'train_job', 'tune_job', 'run_job', 'score_lines', 'judge_lines']
 
-# %% ../nbs/07_job.ipynb #56776aec
+# %% ../nbs/07_job.ipynb #b956bf37
 import os
 import shutil
 import sys
@@ -21,8 +21,8 @@ from typing import Any
 from .basics import InputError, differences, load_json, save_json
 from .data import Record, summarize_records
 from .readers import default_data_file, load_records
-from .machine import choose_device
 from .split import split_records
+from .machine import choose_device
 from .chat import get_template
 from .rows import encode_prompt, missing_tokens
 from .dataset import InstructionDataset
@@ -34,7 +34,7 @@ from .generation import answer_records, check_prompts
 from .steps import TrainConfig, TrainLog, load_log
 from .run import train
 from .watch import plot_losses
-from .preflight import preflight
+from .preflight import check_run
 from .responses import answer_file, load_meta
 from .scores import response_health
 from .server import Server
@@ -262,9 +262,10 @@ def check_job(
     "Encode the rows and look at everything that can be looked at before training, raising `InputError`"
     out = Path(cfg.out)
     check_same_run(out, run_settings(job, cfg))
-    rows, val_rows = (encode_part(job, part, cfg) for part in (job.split.train, job.split.val))
+    rows:Any = encode_part(job, job.split.train, cfg)
+    val_rows:Any = encode_part(job, job.split.val, cfg)
     say(f'rows      {rows.receipt}')
-    receipt:Any = val_rows.receipt
+    receipt = val_rows.receipt
     if receipt.tokens<receipt.tokens_in: say(f'          for validation: {receipt}')
     _check_decay(job, cfg)
     model = job.loaded.model
@@ -272,9 +273,9 @@ def check_job(
     begun = (out/'checkpoints').exists() or (out/'model').exists()
     if cfg.preflight and not begun:
         stops = default_stop_ids(model, job.loaded.tokenizer, job.template)
-        found = preflight(model, rows, val_rows, cfg.train, job.loaded.tokenizer, stops)
+        found = check_run(model, rows, val_rows, cfg.train, tokenizer=job.loaded.tokenizer, stop_ids=stops)
         say(f'preflight\n{found}')
-        found.check()
+        found.raise_if_bad()
     return rows, val_rows
 
 # %% ../nbs/07_job.ipynb #f2013cbb
