@@ -216,7 +216,7 @@ def train_config(
     args, # Parsed options of the groups model and train
 ): # `TrainConfig`
     "The training settings: those asked for, and the defaults of `TrainConfig` for the rest"
-    from sft_nb.steps import TrainConfig
+    from sft_nb.settings import TrainConfig
     asked = {f.name: getattr(args, f.name, None) for f in fields(TrainConfig)}
     return TrainConfig(**{name: value for name,value in asked.items() if value is not None})
 
@@ -305,7 +305,7 @@ def train_model(
     from sft_nb.loading import load_model
     from sft_nb.saving import save_model
     from sft_nb.lora import merge_lora
-    from sft_nb.steps import load_log
+    from sft_nb.settings import load_log
     from sft_nb.run import train
     from sft_nb.watch import plot_losses
     if not (out/'model').exists():

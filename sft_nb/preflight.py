@@ -15,8 +15,8 @@ import torch
 from .basics import InputError
 from .machine import choose_dtype, free_memory, peak_memory
 from .optimizer import FlatAdamW
-from .steps import (
-    TrainConfig, accumulate, block_options, micro_batches, plain_parts, run_bytes, step_rows, validate)
+from .settings import TrainConfig, plain_parts, run_bytes, step_rows
+from .steps import accumulate, block_options, micro_batches, validate
 
 # %% ../nbs/05g_preflight.ipynb #d229d0e3
 @dataclass(frozen=True)
