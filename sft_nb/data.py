@@ -8,12 +8,13 @@ __all__ = ['ROLES', 'FORMATS', 'Message', 'Record', 'text_field', 'read_alpaca',
            'split_sizes', 'split_in_order', 'prompt_key']
 
 # %% ../nbs/00_data.ipynb #7ba8cd3f
-import hashlib, json, re
+import json, re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import NamedTuple
-from .basics import InputError, near_misses, shorten
+from typing import Any, NamedTuple
+from .basics import InputError, fingerprint, near_misses, shorten
 
 # %% ../nbs/00_data.ipynb #a834e9ae
 @dataclass(frozen=True, slots=True)
@@ -27,37 +28,37 @@ class Message:
 @dataclass(frozen=True, slots=True)
 class Record:
     "One checked example: the conversation it means, and exactly what the file said"
-    messages:tuple # The turns, as `Message`s
+    messages:tuple[Message, ...] # The turns
     raw:dict = field(hash=False) # The file's own dictionary, extra fields included
     fmt:str = 'messages' # Which format `raw` has
     where:str = 'record' # Address for error messages, such as "x.json record 3"
 
     @property
-    def id(self)->str:
-        "16 hex digits that depend on the roles and contents only"
-        turns = json.dumps([[m.role, m.content] for m in self.messages], ensure_ascii=False)
-        return hashlib.sha256(turns.encode()).hexdigest()[:16]
+    def id(self)->str: # 16 hex digits
+        "A name that depends on the roles and contents only"
+        turns = [[m.role, m.content] for m in self.messages]
+        return fingerprint(json.dumps(turns, ensure_ascii=False))
 
     @property
-    def instruction(self)->str:
+    def instruction(self)->str: # Text, perhaps empty
         "What to do; in a chat format, the user's only turn"
         return self.raw['instruction'] if self.fmt=='alpaca' else self._only('user')
 
     @property
-    def input(self)->str:
+    def input(self)->str: # Text, perhaps empty
         "What to do it to; empty in every format but Alpaca's"
         return (self.raw.get('input') or '') if self.fmt=='alpaca' else ''
 
     @property
-    def output(self)->str:
+    def output(self)->str: # Text, perhaps empty
         "The wanted answer; in a chat format, the assistant's only turn"
         return self._only('assistant')
 
     def _only(self, role):
         found = [m.content for m in self.messages if m.role==role]
-        if len(found)>1: raise InputError(f"{self.where}: holds {len(found)} {role} turns, so it has no single "
-                                          "instruction and output; use a chat template such as 'chatml'")
-        return found[0] if found else ''
+        if len(found)<2: return found[0] if found else ''
+        raise InputError(f'{self.where}: holds {len(found)} {role} turns, so it has no single instruction '
+                         "and output; use a chat template such as 'chatml'")
 
 # %% ../nbs/00_data.ipynb #d0f86a59
 def text_field(
@@ -67,12 +68,15 @@ def text_field(
 )->str: # The field's text, unchanged
     "The text in field `name`, raising `InputError` if it is missing, not text, or not encodable"
     if name not in raw:
-        raise InputError(f"{where}: field {name!r} is missing, got fields {shorten(list(raw))}; add it to the record")
+        got = f'got fields {shorten(list(raw))}'
+        raise InputError(f'{where}: field {name!r} is missing, {got}; add it to the record')
     value = raw[name]
     if not isinstance(value, str):
-        raise InputError(f"{where}: {name!r} must be text, got {shorten(value)}; write it as a string")
-    if not value.isascii() and (bad := re.search('[\ud800-\udfff]', value)):
-        raise InputError(f"{where}: {name!r} holds half a surrogate pair, got {ascii(bad[0])}; repair the text")
+        raise InputError(f'{where}: {name!r} must be text, got {shorten(value)}; write it as a string')
+    half = None if value.isascii() else re.search('[\ud800-\udfff]', value)
+    if half:
+        got = ascii(half[0])
+        raise InputError(f'{where}: {name!r} holds half a surrogate pair, got {got}; repair the text')
     return value
 
 # %% ../nbs/00_data.ipynb #da009823
@@ -80,58 +84,66 @@ def read_alpaca(
     raw:dict, # A record with 'instruction', 'output' and perhaps 'input'
     where:str, # Address for error messages
     need_answer:bool=True, # Refuse a record without 'output'?
-)->tuple: # The turns
+)->tuple[Message, ...]: # The turns
     "The messages of an Alpaca record"
     instruction = text_field(raw, 'instruction', where)
-    if 'input' not in raw and (typo := get_close_matches('input', raw, n=1, cutoff=0.8)):
-        raise InputError(f"{where}: field {typo[0]!r} is not read; did you mean 'input'?")
+    typo = [] if 'input' in raw else get_close_matches('input', raw, n=1, cutoff=0.8)
+    if typo: raise InputError(f"{where}: field {typo[0]!r} is not read; did you mean 'input'?")
     given = text_field(raw, 'input', where) if raw.get('input') is not None else ''
     user = Message('user', f'{instruction}\n\n{given}' if given else instruction)
     if not need_answer and 'output' not in raw: return (user,)
     return user, Message('assistant', text_field(raw, 'output', where))
 
-# %% ../nbs/00_data.ipynb #8999a2f2
+# %% ../nbs/00_data.ipynb #83ab387f
+def _joined_parts(parts, where):
+    "The text of a content that comes in parts"
+    for part in parts:
+        if not isinstance(part, dict) or part.get('type')!='text':
+            got = shorten(part)
+            raise InputError(f"{where}: only parts of type 'text' can be read, got {got}; drop the record")
+    return ''.join(text_field(part, 'text', where) for part in parts)
+
+# %% ../nbs/00_data.ipynb #933eee4d
 ROLES = {'system': 'system', 'developer': 'system', 'user': 'user', 'human': 'user', 'assistant': 'assistant',
          'gpt': 'assistant', 'chatgpt': 'assistant', 'model': 'assistant', 'bot': 'assistant'}
 
-# %% ../nbs/00_data.ipynb #933eee4d
-def _joined_parts(parts, where):
-    for part in parts:
-        if not isinstance(part, dict) or part.get('type')!='text':
-            raise InputError(f"{where}: only parts of type 'text' can be read, got {shorten(part)}; drop the record")
-    return ''.join(text_field(part, 'text', where) for part in parts)
 
 def read_message(
-    raw, # One entry of a conversation
+    raw:Any, # One entry of a conversation
     role_key:str, # Field with the role, 'role' or 'from'
     text_key:str, # Field with the text, 'content' or 'value'
     where:str, # Address for error messages
 )->Message: # The checked turn
     "One `Message` of a conversation, its role mapped to one of the three we know"
     if not isinstance(raw, dict):
-        raise InputError(f"{where}: a turn must be an object, got {shorten(raw)}; give it a role and a text")
+        raise InputError(f'{where}: a turn must be an object, got {shorten(raw)}; give it a role and a text')
     role = text_field(raw, role_key, where)
-    if role not in ROLES: raise InputError(f"{where}: unknown {role_key} {shorten(role)}; {near_misses(role, ROLES)}")
-    if isinstance(raw.get(text_key), list) and raw[text_key]: text = _joined_parts(raw[text_key], where)
-    else: text = text_field(raw, text_key, where)
+    if role not in ROLES:
+        raise InputError(f'{where}: unknown {role_key} {shorten(role)}; {near_misses(role, ROLES)}')
+    parts = raw.get(text_key)
+    has_parts = isinstance(parts, list) and parts
+    text = _joined_parts(parts, where) if has_parts else text_field(raw, text_key, where)
     weight = raw.get('weight')
-    if weight not in (None, 0, 1): raise InputError(f"{where}: 'weight' must be 0 or 1, got {shorten(weight)}; mend it")
+    if weight not in (None, 0, 1):
+        raise InputError(f"{where}: 'weight' must be 0 or 1, got {shorten(weight)}; mend it")
     return Message(ROLES[role], text, None if weight is None else bool(weight))
 
 # %% ../nbs/00_data.ipynb #55c0d716
 def read_turns(
-    turns, # The list of a conversation
+    turns:Any, # The list of a conversation
     where:str, # Address for error messages
     need_answer:bool=True, # Refuse a conversation in which the assistant says nothing?
-)->tuple: # The checked turns
+)->tuple[Message, ...]: # The checked turns
     "The messages of a conversation, whichever pair of names its entries use"
     if not isinstance(turns, list) or not turns:
-        raise InputError(f"{where}: the conversation must be a list of turns, got {shorten(turns)}; add its turns")
+        got = shorten(turns)
+        raise InputError(f'{where}: the conversation must be a list of turns, got {got}; add its turns')
     keys = ('from', 'value') if isinstance(turns[0], dict) and 'from' in turns[0] else ('role', 'content')
-    messages = tuple(read_message(t, *keys, f'{where} turn {i}') for i,t in enumerate(turns))
-    if need_answer and all(m.role!='assistant' for m in messages):
-        raise InputError(f"{where}: no turn is the assistant's, got roles {shorten([m.role for m in messages])}; "
-                         "there is nothing to learn, so drop the record")
+    messages = tuple(read_message(t, *keys, f'{where} turn {i}') for i, t in enumerate(turns))
+    roles = [m.role for m in messages]
+    if need_answer and 'assistant' not in roles:
+        raise InputError(f"{where}: no turn is the assistant's, got roles {shorten(roles)}; "
+                         'there is nothing to learn, so drop the record')
     return messages
 
 # %% ../nbs/00_data.ipynb #61126379
@@ -139,17 +151,18 @@ def read_phi3(
     text:str, # Turns in Phi-3's markers
     where:str, # Address for error messages
     need_answer:bool=True, # Refuse a text in which the assistant says nothing?
-)->tuple: # The turns
+)->tuple[Message, ...]: # The turns
     "The messages of a text in Phi-3's markers"
-    frame, *parts = re.split(r'<\|(system|user|assistant)\|>', text)
-    if frame.replace('<s>', '').strip() or not parts:
+    before, *parts = re.split(r'<\|(system|user|assistant)\|>', text)
+    if before.replace('<s>', '').strip() or not parts:
         raise InputError(f"{where}: 'text' must begin with <|user|> or <|system|>, got {shorten(text)}; "
                          "write it in Phi-3's markers or use another format")
     turns = []
     for role, body in zip(parts[::2], parts[1::2]):
-        content, end, rest = body.partition('<|end|>')
+        content, _, rest = body.partition('<|end|>')
         if rest.replace('<|endoftext|>', '').strip():
-            raise InputError(f"{where}: text after <|end|> belongs to no turn, got {shorten(rest)}; add its marker")
+            got = shorten(rest)
+            raise InputError(f'{where}: text after <|end|> belongs to no turn, got {got}; add its marker')
         turns.append({'role': role, 'content': content.strip()})
     return read_turns(turns, where, need_answer)
 
@@ -158,8 +171,9 @@ def read_prompt(
     raw:dict, # A record with 'prompt' and 'completion'
     where:str, # Address for error messages
     need_answer:bool=True, # Refuse a record without 'completion'?
-)->tuple: # The turns
+)->tuple[Message, ...]: # The turns
     "The messages of a prompt/completion record"
+    prompt:tuple[Message, ...]
     if isinstance(raw['prompt'], list):
         asked = read_turns(raw['prompt'], where, need_answer=False)
         prompt = tuple(Message(m.role, m.content, False if m.role=='assistant' else m.learn) for m in asked)
@@ -168,8 +182,8 @@ def read_prompt(
     if isinstance(raw.get('completion'), list): return prompt + read_turns(raw['completion'], where)
     return prompt + (Message('assistant', text_field(raw, 'completion', where)),)
 
-# %% ../nbs/00_data.ipynb #fed13a69
-FORMATS = {
+# %% ../nbs/00_data.ipynb #318d2190
+FORMATS = { # name -> its telling field and its reader; where several fields are present, the richest wins
     'messages': ('messages', lambda raw, where, need: read_turns(raw['messages'], where, need)),
     'sharegpt': ('conversations', lambda raw, where, need: read_turns(raw['conversations'], where, need)),
     'alpaca': ('instruction', read_alpaca),
@@ -177,7 +191,7 @@ FORMATS = {
     'phi3': ('text', lambda raw, where, need: read_phi3(text_field(raw, 'text', where), where, need)),
 }
 
-# %% ../nbs/00_data.ipynb #318d2190
+
 def find_format(
     raw:dict, # The first record of a file
     where:str, # Address for the error message
@@ -185,42 +199,47 @@ def find_format(
     "The format whose telling field the record has"
     for fmt, (telling, _) in FORMATS.items():
         if telling in raw: return fmt
-    wanted = ', '.join(repr(t) for t,_ in FORMATS.values())
-    raise InputError(f"{where}: format not recognised, got fields {shorten(list(raw))}; one of {wanted} is needed "
-                     "(rename= gives fields other names)")
+    wanted = ', '.join(repr(telling) for telling, _ in FORMATS.values())
+    raise InputError(f'{where}: format not recognised, got fields {shorten(list(raw))}; '
+                     f'one of {wanted} is needed (rename= gives fields other names)')
+
+# %% ../nbs/00_data.ipynb #44d9e79f
+def check_format(
+    fmt:str|None, # What the user calls the format; None: to be recognised
+):
+    "Raise `InputError` if `fmt` is no key of `FORMATS`"
+    if fmt is not None and fmt not in FORMATS:
+        raise InputError(f'fmt: unknown format {fmt!r}; {near_misses(fmt, FORMATS)}')
 
 # %% ../nbs/00_data.ipynb #9fa79ddf
-def check_format(fmt):
-    if fmt is not None and fmt not in FORMATS:
-        raise InputError(f"fmt: unknown format {fmt!r}; {near_misses(fmt, FORMATS)}")
-
 def read_record(
-    raw, # One entry of a file
-    fmt:str|None=None, # A key of `FORMATS`; None: recognised from the entry
+    raw:Any, # One entry of a file
+    fmt:str|None = None, # A key of `FORMATS`; None: recognised from the entry
     where:str='record', # Address for error messages
     need_answer:bool=True, # Refuse a record without an answer?
 )->Record: # The checked record
     "The `Record` of one `raw` entry, raising `InputError` if it is not right"
     if not isinstance(raw, dict):
-        raise InputError(f"{where}: a record must be an object with named fields, got {shorten(raw)}; mend the record")
+        got = shorten(raw)
+        raise InputError(f'{where}: a record must be an object with named fields, got {got}; mend the record')
     check_format(fmt)
     fmt = fmt or find_format(raw, where)
     telling, reader = FORMATS[fmt]
-    if telling not in raw:
-        raise InputError(f"{where}: field {telling!r} is missing (the set is in {fmt!r} format), "
-                         f"got fields {shorten(list(raw))}; add it to the record")
-    return Record(reader(raw, where, need_answer), raw, fmt, where)
+    if telling in raw: return Record(reader(raw, where, need_answer), raw, fmt, where)
+    raise InputError(f'{where}: field {telling!r} is missing (the set is in {fmt!r} format), '
+                     f'got fields {shorten(list(raw))}; add it to the record')
 
 # %% ../nbs/00_data.ipynb #3a9f1f8a
 def as_records(
-    data, # List of dictionaries or `Record`s
-    fmt:str|None=None, # A key of `FORMATS`; None: recognised from the first record
+    data:Iterable, # Dictionaries or `Record`s
+    fmt:str|None = None, # A key of `FORMATS`; None: recognised from the first record
     source:str='', # Where the list comes from, for error messages
     need_answer:bool=True, # Refuse records without an answer?
-)->list: # `Record`s; the same ones if `data` has records already
-    "Checked records of any list of examples"
+)->list[Record]: # The same ones if `data` has records already
+    "Checked records of any list of examples: `as_records(json.load(file))`"
     if isinstance(data, (dict, str, bytes)) or not hasattr(data, '__iter__'):
-        raise InputError(f"{source or 'data'}: must be a list of records, got {shorten(data)}; wrap it in a list")
+        got = shorten(data)
+        raise InputError(f"{source or 'data'}: must be a list of records, got {got}; wrap it in a list")
     records = []
     for i, raw in enumerate(data):
         if not isinstance(raw, Record):
@@ -231,55 +250,60 @@ def as_records(
 
 # %% ../nbs/00_data.ipynb #39d687fd
 def summarize_records(
-    records, # `Record`s
-    dropped:list|None=None, # Messages about records that were left out
+    records:list[Record], # Checked records
+    dropped:list[str]|None = None, # Messages about records that were left out
 )->str: # A line, and one more for each dropped record, the first three
     "What a set is: its format, its size, and what was left out of it"
-    chars = sorted(len(m.content) for r in records for m in r.messages if m.role=='assistant') or [0]
+    answers = [len(m.content) for r in records for m in r.messages if m.role=='assistant']
+    chars = sorted(answers) or [0]
     formats = ' and '.join(Counter(r.fmt for r in records))
-    lines = [f"records in {formats} format: {len(records):,}, with {sum(len(r.messages) for r in records):,} turns; "
-             f"answers have {chars[0]} to {chars[-1]:,} characters, median {chars[len(chars)//2]}"]
-    if dropped: lines.append(f"records dropped: {len(dropped)}, among them")
-    return '\n'.join(lines + [f"  {d}" for d in (dropped or [])[:3]])
+    n_turns = sum(len(r.messages) for r in records)
+    lines = [f'records in {formats} format: {len(records):,}, with {n_turns:,} turns; answers have '
+             f'{chars[0]} to {chars[-1]:,} characters, median {chars[len(chars)//2]}']
+    if dropped: lines.append(f'records dropped: {len(dropped)}, among them')
+    return '\n'.join(lines + [f'  {message}' for message in (dropped or [])[:3]])
 
 # %% ../nbs/00_data.ipynb #045fa1d0
 class Split(NamedTuple):
     "A set in three parts"
-    train:list # Records that the model learns from
-    test:list # Records that it answers at the end
-    val:list # Records whose loss is watched while training
+    train:list[Record] # Records that the model learns from
+    test:list[Record] # Records that it answers at the end
+    val:list[Record] # Records whose loss is watched while training
 
-    def __str__(self): return f"train: {len(self.train)}, test: {len(self.test)}, val: {len(self.val)}"
+    def __str__(self): return f'train: {len(self.train)}, test: {len(self.test)}, val: {len(self.val)}'
 
 # %% ../nbs/00_data.ipynb #2d3a47d8
 def split_sizes(
     n:int, # Records
     train:float, # Share for training
     test:float, # Share for the test
-)->tuple: # Sizes of train, test and validation, which add up to `n`
+)->tuple[int, int, int]: # Sizes of train, test and validation, which add up to `n`
     "The sizes of three parts, raising `InputError` if one would be empty"
     if not (0<train<1 and 0<test<1 and train+test<1):
-        raise InputError(f"split: shares must be above 0 and leave some for validation, got train={train}, test={test}")
-    n_train, n_test = int(n*train), int(n*test)
-    sizes = n_train, n_test, n-n_train-n_test
-    if min(sizes)>0: return sizes
-    raise InputError(f"split: a part would be empty, got {n} records as train {sizes[0]}, test {sizes[1]}, "
-                     f"val {sizes[2]}; add records or change the shares")
+        raise InputError('split: shares must be above 0 and leave some for validation, '
+                         f'got train={train}, test={test}')
+    n_train = int(n*train)
+    n_test = int(n*test)
+    n_val = n-n_train-n_test
+    if min(n_train, n_test, n_val)>0: return n_train, n_test, n_val
+    raise InputError(f'split: a part would be empty, got {n} records as train {n_train}, test {n_test}, '
+                     f'val {n_val}; add records or change the shares')
 
-# %% ../nbs/00_data.ipynb #b25be822
+# %% ../nbs/00_data.ipynb #2580594c
 def split_in_order(
-    records:list, # `Record`s or dictionaries
+    records:Iterable, # `Record`s or dictionaries
     train:float=0.85, # Share of the set for training, in (0, 1)
     test:float=0.1, # Share for the test; what is left is for validation
 )->Split: # The three parts, each in file order
     "Split a set as it stands, the first records for training"
     records = as_records(records)
     n_train, n_test, _ = split_sizes(len(records), train, test)
-    return Split(records[:n_train], records[n_train:n_train+n_test], records[n_train+n_test:])
+    n_seen = n_train+n_test
+    return Split(records[:n_train], records[n_train:n_seen], records[n_seen:])
 
 # %% ../nbs/00_data.ipynb #dd3a6f3c
 def prompt_key(
-    record, # A `Record`
+    record:Record, # Any record
 )->str: # Equal for prompts that differ in letter case and white space only
     "What is asked in a record, in plain form"
     asked = [m for m in record.messages if m.role!='assistant']

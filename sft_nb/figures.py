@@ -10,16 +10,20 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 # %% ../nbs/00d_figures.ipynb #2b2db1cc
-BLUE, ORANGE, GOLD, GREY, RED = '#0072b2', '#d55e00', '#e69f00', '#767676', '#b3261e'
-COLORS = {'train': BLUE, 'validation': ORANGE, 'test': GOLD, 'before': GOLD, 'after': BLUE, 'read': GREY, 'learned': BLUE,
-          'stop': GOLD, 'cut': RED, 'other': GREY}
+BLUE = '#0072b2'
+ORANGE = '#d55e00'
+GOLD = '#e69f00'
+GREY = '#767676'
+RED = '#b3261e'
+COLORS = {'train': BLUE, 'validation': ORANGE, 'test': GOLD, 'before': GOLD, 'after': BLUE, 'read': GREY,
+          'learned': BLUE, 'stop': GOLD, 'cut': RED, 'other': GREY}
 
 # %% ../nbs/00d_figures.ipynb #32037c49
 def figure(
     width:float=5, # Inches
     height:float=2.5, # Inches
 )->Axes: # An empty plot; its figure is `ax.figure`
-    "An empty plot in the house's size, without a frame above and to the right"
+    "An empty plot in the house's size: `ax = figure()`, then `ax.plot(losses, color=COLORS['train'])`"
     fig, ax = plt.subplots(figsize=(width, height))
-    ax.spines[['top', 'right']].set_visible(False)
+    ax.spines[['top', 'right']].set(visible=False)
     return ax

@@ -32,8 +32,8 @@ def _once(backward):
     "`backward`, which refuses to be differentiated again"
     def checked(ctx, *grads):
         if torch.is_grad_enabled(): # autograd takes notes of this very derivative
-            raise InputError('gradient: derivatives written by hand have none themselves, got create_graph=True; '
-                             'take your loss of the logits, with by_hand=False in model.shortcuts')
+            raise InputError('gradient: derivatives written by hand have none themselves, got create_graph='
+                             'True; take your loss of the logits, with by_hand=False in model.shortcuts')
         return backward(ctx, *grads)
     return checked
 

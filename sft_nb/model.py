@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .basics import InputError, check_fields, rule
 
 # %% ../nbs/04_model.ipynb #4b1c7806
+ACTS = dict(silu=F.silu, gelu=F.gelu, gelu_tanh=partial(F.gelu, approximate='tanh'), relu=F.relu)
 _SIZE = rule(least=1)
 
 @dataclass(frozen=True)
@@ -37,9 +38,6 @@ class _Sizes:
         if self.n_heads%self.n_kv_heads:
             raise InputError(f'{type(self).__name__}: {self.n_heads} query heads cannot share '
                              f'{self.n_kv_heads} key heads evenly; change one of them')
-
-# %% ../nbs/04_model.ipynb #f55a4480
-ACTS = dict(silu=F.silu, gelu=F.gelu, gelu_tanh=partial(F.gelu, approximate='tanh'), relu=F.relu)
 
 # %% ../nbs/04_model.ipynb #66664602
 @dataclass(frozen=True)
@@ -193,33 +191,28 @@ class PlainBlock(nn.Module):
         h = h + self.self_attn(self.input_layernorm(h))
         return h + self.mlp(self.post_attention_layernorm(h))
 
-# %% ../nbs/04_model.ipynb #de1d90bb
+# %% ../nbs/04_model.ipynb #09004d65
 _ENGINE_ONLY = ('norm', 'norm_plus_one', 'sandwich', 'positions', 'rope_dim', 'rope_scaling', 'gated_mlp',
                 'window', 'query_scale', 'embed_scale', 'score_cap', 'logit_cap')
 
-def _check_plain(cfg):
-    "Raise `InputError` for the first choice of `cfg` that the plain decoder does not know"
-    for f in fields(cfg):
-        got = getattr(cfg, f.name)
-        if f.name in _ENGINE_ONLY and got!=f.default:
-            raise InputError(f'PlainDecoder: knows only {f.name}={f.default!r}, got {got!r}; '
-                             'use sft_nb.decoder.Decoder')
-
-# %% ../nbs/04_model.ipynb #e331f6f6
 class PlainDecoder(nn.Module):
     "A decoder on a rectangle of ids, for autograd: `PlainDecoder(cfg)(ids_BT)` gives logits (B, T, V)"
     def __init__(self,
         cfg:ModelConfig, # The model; `InputError` if it needs more than this page builds
     ):
         super().__init__()
-        _check_plain(cfg)
+        for f in fields(cfg):
+            got = getattr(cfg, f.name)
+            if f.name in _ENGINE_ONLY and got!=f.default:
+                raise InputError(f'PlainDecoder: knows only {f.name}={f.default!r}, got {got!r}; use Decoder')
         self.cfg = cfg
+        embedding = nn.Embedding(cfg.vocab_size, cfg.width)
         self.model = nn.ModuleDict(dict(
-            embed_tokens=nn.Embedding(cfg.vocab_size, cfg.width),
+            embed_tokens=embedding,
             layers=nn.ModuleList(PlainBlock(cfg) for _ in range(cfg.n_layers)),
             norm=PlainNorm(cfg.width, cfg.norm_eps)))
         self.lm_head = nn.Linear(cfg.width, cfg.vocab_size, bias=False)
-        if cfg.tied: self.lm_head.weight = self.model['embed_tokens'].weight
+        if cfg.tied: self.lm_head.weight = embedding.weight
         for name, p in self.named_parameters():
             if p.dim()==2: nn.init.normal_(p, std=0.02)
             elif name.endswith('bias'): nn.init.zeros_(p)

@@ -5,171 +5,221 @@
 # %% auto #0
 __all__ = ['load_rows', 'iter_records', 'load_records', 'save_records', 'default_data_file']
 
-# %% ../nbs/00a_readers.ipynb #bacd1d4e
+# %% ../nbs/00a_readers.ipynb #463f4aae
 import csv, gzip, io, json, os, re
 from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import count
 from pathlib import Path
-from typing import Iterator
+from typing import Any
 from sft_nb.basics import (
     CutOffError, InputError, decode_text, json_text, near_misses, open_bytes, parse_json, shorten,
     write_atomic)
 from .data import Record, check_format, read_record
 
-# %% ../nbs/00a_readers.ipynb #34015010
-def _portions(f, where, size=1<<20):
+# %% ../nbs/00a_readers.ipynb #5a8ec5bd
+def _line_portions(file, where, size=1<<20):
+    "Pairs of a line number and the text that begins there, whole lines of about `size` bytes"
     line = 1
-    while lines := f.readlines(size):
+    while lines := file.readlines(size):
         yield line, decode_text(b''.join(lines), where, line)
         line += len(lines)
 
-def _line_rows(portions, where, dropped):
-    for first, text in portions:
-        last = first+text.count('\n') # the one line that no line break ends
-        for n, line in enumerate(text.split('\n'), first):
-            if not line.strip(): continue
-            try: row = _line_value(line.strip(), f'{where} line {n}', n, n==last)
-            except InputError as e: _drop(e, dropped)
-            else: yield f'{where} line {n}', row
-
-def _line_value(line, where, n, is_last):
-    try: row, end = parse_json(line, where, line=n)
+# %% ../nbs/00a_readers.ipynb #78aa5b8e
+def _line_value(line, where, number, is_last):
+    "The one value on a line"
+    try: row, end = parse_json(line, where, line=number)
     except CutOffError:
         if is_last: raise
-        raise InputError(f"{where}: holds only the beginning of a value, got {shorten(line)}; write one record a line, "
-                         "or a list in [ ]") from None
-    if rest := line[end:]:
-        raise InputError(f"{where}: holds more than one value, got {shorten(rest)}; write one record a line")
-    return row
+        raise InputError(f'{where}: holds only the beginning of a value, got {shorten(line)}; '
+                         'write one record a line, or a list in [ ]') from None
+    rest = line[end:]
+    if not rest: return row
+    raise InputError(f'{where}: holds more than one value, got {shorten(rest)}; write one record a line')
 
+# %% ../nbs/00a_readers.ipynb #93ea45a2
 def _drop(error, dropped):
+    "Note what is wrong with a record, or raise it where nobody takes notes"
     if dropped is None: raise error from None
     dropped.append(str(error))
 
-# %% ../nbs/00a_readers.ipynb #0c86dbb1
-def _list_portions(f, where, size=1<<20):
-    line, held = 1, b''
-    while block := f.read(size):
+# %% ../nbs/00a_readers.ipynb #f71a4309
+def _line_rows(portions, where, dropped):
+    "Pairs of an address and the value of a line; empty lines do not count"
+    for first, text in portions:
+        last = first+text.count('\n') # the one line that no line break ends
+        for number, line in enumerate(text.split('\n'), first):
+            if not line.strip(): continue
+            place = f'{where} line {number}'
+            try: row = _line_value(line.strip(), place, number, is_last=number==last)
+            except InputError as e: _drop(e, dropped)
+            else: yield place, row
+
+# %% ../nbs/00a_readers.ipynb #c5b3ad5a
+def _list_portions(file, where, size=1<<20):
+    "Pairs of a line number and the text that begins there, which ends before a quote or a comma"
+    line = 1
+    held = b''
+    while block := file.read(size):
         end = max(block.rfind(b'"'), block.rfind(b','))
         if end<1:
             held += block
             continue
-        data, held = held+block[:end], block[end:]
+        data = held+block[:end]
+        held = block[end:]
         yield line, decode_text(data, where, line)
         line += data.count(b'\n')
     if held: yield line, decode_text(held, where, line)
 
-# %% ../nbs/00a_readers.ipynb #8f651214
+# %% ../nbs/00a_readers.ipynb #b27653ce
 class _Window:
-    def __init__(self, portions): self.portions, self.text, self.at, self.line = portions, '', 0, 1
+    "The text that is not read yet, and the place in it"
+    def __init__(self, portions):
+        self.portions = portions
+        self.text = ''
+        self.at = 0
+        self.line = 1
+
+    def here(self):
+        "Number of the line that is read"
+        return self.line+self.text.count('\n', 0, self.at)
 
     def more(self):
-        self.text, self.at, self.line = self.text[self.at:], 0, self.line+self.text.count('\n', 0, self.at)
+        "Drop what is read and fetch another portion; '' if there is none"
+        self.line = self.here()
         _, portion = next(self.portions, (0, ''))
-        self.text += portion
+        self.text = self.text[self.at:]+portion
+        self.at = 0
         return portion
 
     def mark(self):
+        "The next letter that is no white space, which stays; '' at the end"
         while self.text[self.at:self.at+1] in ' \t\r\n':
             if self.at<len(self.text): self.at += 1
             elif not self.more(): return ''
         return self.text[self.at]
 
-    def take(self): self.at += 1
-
-    def here(self): return self.line+self.text.count('\n', 0, self.at)
+    def take(self):
+        "Step over one letter"
+        self.at += 1
 
     def value(self, where):
+        "The JSON value that begins here"
         while True:
             try: found, self.at = parse_json(self.text, where, self.at, self.line)
             except CutOffError:
                 if not self.more(): raise
             else: return found
 
-# %% ../nbs/00a_readers.ipynb #ef44c2bd
-def _list_rows(portions, where):
-    window, i = _Window(portions), 0
-    window.mark()
+# %% ../nbs/00a_readers.ipynb #2f7ff6ef
+def _pass_comma(window, where, i):
+    "Step over the comma after record `i`"
+    mark = window.mark()
+    if not mark:
+        raise InputError(f"{where} line {window.here()}: after record {i} the list's closing bracket is "
+                         'missing; the file is cut off, so fetch it again')
+    if mark!=',':
+        raise InputError(f'{where} line {window.here()}: after record {i} a comma is missing, got {mark!r}; '
+                         'mend the file there')
     window.take()
-    while window.mark()!=']':
-        yield f'{where} record {i}', window.value(f'{where} record {i}')
-        mark = window.mark()
-        if mark==']': break
-        if mark!=',': raise InputError(f"{where} line {window.here()}: after record {i} " + (
-            f"a comma is missing, got {mark!r}; mend the file there" if mark else
-            "the list's closing bracket is missing; the file is cut off, so fetch it again"))
-        window.take()
-        if window.mark()==']':
-            raise InputError(f"{where} line {window.here()}: a comma stands before the list's closing bracket; drop it")
-        i += 1
+    if window.mark()!=']': return
+    place = f'{where} line {window.here()}'
+    raise InputError(f"{place}: a comma stands before the list's closing bracket; drop it")
+
+# %% ../nbs/00a_readers.ipynb #0e0ae58f
+def _list_rows(portions, where):
+    "Pairs of an address and an entry of a JSON list"
+    window = _Window(portions)
+    window.mark()
+    window.take() # the opening bracket
+    for i in count():
+        if window.mark()==']': break
+        if i: _pass_comma(window, where, i-1)
+        place = f'{where} record {i}'
+        yield place, window.value(place)
     window.take()
     if window.mark():
         rest = shorten(window.text[window.at:])
         raise InputError(f"{where}: text after the list's closing bracket, got {rest}; take it out")
 
 # %% ../nbs/00a_readers.ipynb #ed1229bf
-def _csv_rows(f, where, delimiter):
+def _csv_rows(file, where, delimiter):
+    "Pairs of an address and a row of a table, by the names in its first line"
     csv.field_size_limit(1<<30) # the default refuses fields above 128 kB
-    rows = csv.reader(io.TextIOWrapper(f, encoding='utf-8-sig', newline=''), delimiter=delimiter, strict=True)
+    text = io.TextIOWrapper(file, encoding='utf-8-sig', newline='')
+    rows = csv.reader(text, delimiter=delimiter, strict=True)
     try:
-        header = next(rows, [])
-        if len(set(header))<len(header):
-            raise InputError(f"{where}: a column name appears twice, got {shorten(header)}; rename one")
+        names = next(rows, [])
+        if len(set(names))<len(names):
+            raise InputError(f'{where}: a column name appears twice, got {shorten(names)}; rename one')
         for values in rows:
             if not values: continue
-            if len(values)!=len(header):
-                raise InputError(f"{where} line {rows.line_num}: has {len(values)} values, but the header names "
-                                 f"{len(header)}; check its quotes and {delimiter!r}")
-            yield f'{where} line {rows.line_num}', dict(zip(header, values))
+            place = f'{where} line {rows.line_num}'
+            if len(values)!=len(names):
+                raise InputError(f'{place}: has {len(values)} values, but the header names {len(names)}; '
+                                 f'check its quotes and {delimiter!r}')
+            yield place, dict(zip(names, values))
     except UnicodeDecodeError as e:
         got = e.object[e.start:e.start+8]
-        raise InputError(f"{where}: is not UTF-8 after line {rows.line_num}, got {got!r}; save it as UTF-8") from None
+        raise InputError(f'{where}: is not UTF-8 after line {rows.line_num}, got {got!r}; '
+                         'save it as UTF-8') from None
     except csv.Error as e:
-        raise InputError(f"{where} line {rows.line_num}: is not CSV, got {e}; check its quotes") from None
+        raise InputError(f'{where} line {rows.line_num}: is not CSV, got {e}; check its quotes') from None
 
 # %% ../nbs/00a_readers.ipynb #6c3810cc
 def _need(package, what):
+    "An optional package"
     try: return __import__(package, fromlist=['*'])
     except ImportError:
-        raise InputError(f"{what}: needs the package {package.split('.')[0]!r}, which is not installed; "
+        name = package.split('.')[0]
+        raise InputError(f'{what}: needs the package {name!r}, which is not installed; '
                          "pip install 'sft_nb[datasets]'") from None
 
 # %% ../nbs/00a_readers.ipynb #df90657f
-def _parquet_rows(f, where):
+def _parquet_rows(file, where):
+    "Pairs of an address and a row of a Parquet file"
     parquet = _need('pyarrow.parquet', where)
-    i = 0
+    numbers = count()
     try:
-        for batch in parquet.ParquetFile(f).iter_batches(1000):
-            for row in batch.to_pylist():
-                yield f'{where} row {i}', row
-                i += 1
+        for batch in parquet.ParquetFile(file).iter_batches(1000):
+            for row in batch.to_pylist(): yield f'{where} row {next(numbers)}', row
     except (OSError, ValueError) as e: # pyarrow's own errors are subclasses of these two
-        raise InputError(f"{where}: is a damaged Parquet file, got {shorten(str(e))}; fetch it again") from None
+        got = shorten(str(e))
+        raise InputError(f'{where}: is a damaged Parquet file, got {got}; fetch it again') from None
 
+# %% ../nbs/00a_readers.ipynb #65afc2bd
 def _hub_rows(name, where):
+    "Pairs of an address and a row of a set on the Hugging Face hub, 'owner/name' or 'owner/name:part'"
     name, _, part = name.partition(':')
     hub = _need('datasets', where)
     try: rows = hub.load_dataset(name, split=part or 'train')
-    except Exception as e: # the hub client raises dozens of types; to the user all mean that the set cannot be had
-        raise InputError(f"{where}: cannot be loaded, got {type(e).__name__} {shorten(str(e))}; check the name and the "
-                         "network, write hub:owner/name:split") from None
+    except Exception as e: # dozens of types, which all mean to the user that the set is not to be had
+        got = f'{type(e).__name__} {shorten(str(e))}'
+        raise InputError(f'{where}: cannot be loaded, got {got}; check the name and the network, '
+                         'write hub:owner/name:split') from None
     for i, row in enumerate(rows): yield f'{where} row {i}', row
 
-# %% ../nbs/00a_readers.ipynb #df3b70ff
+# %% ../nbs/00a_readers.ipynb #6573bd43
 def _date_text(value):
+    "A date as text"
     if hasattr(value, 'isoformat'): return value.isoformat()
     raise TypeError
 
+# %% ../nbs/00a_readers.ipynb #df3b70ff
 def _json_row(row, where):
     "`row` as it will come back from JSON"
     back = {}
     for name, value in row.items():
         try: back[name] = json.loads(json.dumps(value, default=_date_text, allow_nan=False))
         except (TypeError, ValueError):
-            raise InputError(f"{where}: field {name!r} holds what JSON cannot, got {shorten(value)}; store it as text, "
-                             "or take the column out") from None
+            got = shorten(value)
+            raise InputError(f'{where}: field {name!r} holds what JSON cannot, got {got}; store it as text, '
+                             'or take the column out') from None
     return back
 
+# %% ../nbs/00a_readers.ipynb #dd8c403b
 def _json_rows(rows, dropped):
+    "The pairs of `rows`, each row as it will come back from JSON"
     for where, row in rows:
         try: row = _json_row(row, where)
         except InputError as e: _drop(e, dropped)
@@ -177,44 +227,44 @@ def _json_rows(rows, dropped):
 
 # %% ../nbs/00a_readers.ipynb #245ea6c5
 def load_rows(
-    path, # JSON, JSONL, CSV, TSV or Parquet, perhaps gzipped; '-' is standard input, 'hub:owner/name' a set on the hub
-    dropped:list|None=None, # Collects messages about lines and rows that are left out; None: the first one raises
-)->Iterator: # Pairs of an address such as "x.json record 3" or "x.jsonl line 4", and what stands there
+    path:str|Path, # JSON, JSONL, CSV, TSV or Parquet, perhaps gzipped; '-': standard input; 'hub:owner/name'
+    dropped:list[str]|None = None, # Collects messages about what is left out; None: the first one raises
+)->Iterator[tuple[str, Any]]: # An address, such as "x.json record 3", and what stands there
     "The raw entries of a file, each with its address, one by one"
     where = 'standard input' if str(path)=='-' else str(path)
     if where.startswith('hub:'):
         yield from _json_rows(_hub_rows(where[4:], where), dropped)
         return
-    with open_bytes(path) as f:
-        table = re.search(r'\.([ct]sv)(\.gz)?$', where, re.I)
-        start = f.peek(1<<16).removeprefix(b'\xef\xbb\xbf').lstrip()[:4]
-        if start==b'PAR1': rows = _json_rows(_parquet_rows(f, where), dropped)
-        elif table: rows = _csv_rows(f, where, '\t' if table[1].lower()=='tsv' else ',')
-        elif start[:1]==b'[': rows = _list_rows(_list_portions(f, where), where)
-        else: rows = _line_rows(_portions(f, where), where, dropped)
-        yield from rows
+    table = re.search(r'\.([ct]sv)(\.gz)?$', where, re.I)
+    with open_bytes(path) as file:
+        start = file.peek(1<<16).removeprefix(b'\xef\xbb\xbf').lstrip()[:4]
+        if start==b'PAR1': yield from _json_rows(_parquet_rows(file, where), dropped)
+        elif table: yield from _csv_rows(file, where, '\t' if table[1].lower()=='tsv' else ',')
+        elif start[:1]==b'[': yield from _list_rows(_list_portions(file, where), where)
+        else: yield from _line_rows(_line_portions(file, where), where, dropped)
 
 # %% ../nbs/00a_readers.ipynb #41264f07
 def _renamed(raw, rename, where):
     "The fields of `raw` with the names that `rename` gives them"
     if not rename or not isinstance(raw, dict): return raw
-    names = [rename.get(k, k) for k in raw]
+    names = [rename.get(name, name) for name in raw]
     if len(set(names))==len(names): return dict(zip(names, raw.values()))
     twice = Counter(names).most_common(1)[0][0]
-    raise InputError(f"{where}: rename gives two fields the name {twice!r}, got fields {shorten(list(raw))}; give the "
-                     "other one a new name too")
+    got = shorten(list(raw))
+    raise InputError(f'{where}: rename gives two fields the name {twice!r}, got fields {got}; '
+                     'give the other one a new name too')
 
 # %% ../nbs/00a_readers.ipynb #306cc37f
 def iter_records(
-    path, # JSON, JSONL, CSV, TSV or Parquet, perhaps gzipped; '-' is standard input, 'hub:owner/name' a set on the hub
-    fmt:str|None=None, # A key of `FORMATS`; None: recognised from the first record
+    path:str|Path, # JSON, JSONL, CSV, TSV or Parquet, perhaps gzipped; '-': standard input; 'hub:owner/name'
+    fmt:str|None = None, # A key of `FORMATS`; None: recognised from the first record
     need_answer:bool=True, # Refuse records without an answer?
-    rename:dict|None=None, # The file's names for fields to ours, such as {'question': 'instruction'}
-    dropped:list|None=None, # Collects messages about records that are left out; None: the first one raises
-)->Iterator: # `Record`s in file order
+    rename:dict[str, str]|None = None, # The file's names for fields to ours: {'question': 'instruction'}
+    dropped:list[str]|None = None, # Collects messages about what is left out; None: the first one raises
+)->Iterator[Record]: # In file order
     "The checked records of a file one by one, for sets that are larger than the memory"
     check_format(fmt)
-    names = set()
+    names:set[str] = set()
     for where, raw in load_rows(path, dropped):
         if rename and isinstance(raw, dict): names.update(raw)
         try: record = read_record(_renamed(raw, rename, where), fmt, where, need_answer)
@@ -222,40 +272,46 @@ def iter_records(
         else:
             fmt = record.fmt
             yield record
-    if names and (absent := [k for k in rename if k not in names]):
-        raise InputError(f"{path}: no record has the field {absent[0]!r} of rename; {near_misses(absent[0], names)}")
+    absent = [name for name in rename or () if names and name not in names]
+    if absent:
+        advice = near_misses(absent[0], names)
+        raise InputError(f'{path}: no record has the field {absent[0]!r} of rename; {advice}')
 
 # %% ../nbs/00a_readers.ipynb #0f532c38
 def load_records(
-    path, # JSON, JSONL, CSV, TSV or Parquet, perhaps gzipped; '-' is standard input, 'hub:owner/name' a set on the hub
-    fmt:str|None=None, # A key of `FORMATS`; None: recognised from the first record
+    path:str|Path, # JSON, JSONL, CSV, TSV or Parquet, perhaps gzipped; '-': standard input; 'hub:owner/name'
+    fmt:str|None = None, # A key of `FORMATS`; None: recognised from the first record
     need_answer:bool=True, # Refuse records without an answer?
-    rename:dict|None=None, # The file's names for fields to ours, such as {'question': 'instruction'}
-    dropped:list|None=None, # Collects messages about records that are left out; None: the first one raises
-)->list: # `Record`s in file order, at least one
-    "The checked records of a file, raising `InputError` at the first that is not right"
+    rename:dict[str, str]|None = None, # The file's names for fields to ours: {'question': 'instruction'}
+    dropped:list[str]|None = None, # Collects messages about what is left out; None: the first one raises
+)->list[Record]: # In file order, at least one
+    "The checked records of a file, or `InputError` at its first fault: `load_records('data/train.jsonl')`"
     records = list(iter_records(path, fmt, need_answer, rename, dropped))
     if records: return records
-    why = f"all {len(dropped)} were dropped, the first as {dropped[0]}" if dropped else "write a list of records"
-    raise InputError(f"{path}: holds no records; {why}")
+    why = 'write a list of records'
+    if dropped: why = f'all {len(dropped)} were dropped, the first as {dropped[0]}'
+    raise InputError(f'{path}: holds no records; {why}')
 
 # %% ../nbs/00a_readers.ipynb #af9cd74f
 def save_records(
-    path, # A file ending in .json or .jsonl, perhaps with .gz after it
-    records, # `Record`s or dictionaries
+    path:str|Path, # A file ending in .json or .jsonl, perhaps with .gz after it
+    records:Iterable, # `Record`s or dictionaries
 ):
     "Write each record exactly as its file had it, extra fields included"
     kind = re.search(r'\.(jsonl?)(\.gz)?$', str(path))
-    if not kind: raise InputError(f"{path}: records are written as .json or .jsonl, perhaps with .gz; change the name")
+    if not kind:
+        raise InputError(f'{path}: records are written as .json or .jsonl, perhaps with .gz; change the name')
     rows = [r.raw if isinstance(r, Record) else r for r in records]
-    text = ''.join(json_text(r, None)+'\n' for r in rows) if kind[1]=='jsonl' else json_text(rows, 4)+'\n'
+    if kind[1]=='jsonl': text = ''.join(json_text(row)+'\n' for row in rows)
+    else: text = json_text(rows, indent=4)+'\n'
     write_atomic(path, gzip.compress(text.encode(), mtime=0) if kind[2] else text)
 
 # %% ../nbs/00a_readers.ipynb #3d31e188
 def default_data_file()->Path: # data/sft/train/instruction-data.json, here or beside the package
     "The record set that comes with the library, raising `FileNotFoundError` where there is none"
-    import sft_nb
+    import sft_nb # only to find its folder
     for folder in Path(), Path(sft_nb.__file__).parent.parent:
         file = folder/'data'/'sft'/'train'/'instruction-data.json'
         if os.path.exists(file): return file
-    raise FileNotFoundError(f"{file}: the set that comes with the repository is not there; pass a file of your own")
+    raise FileNotFoundError(f'{file}: the set that comes with the repository is not there; '
+                            'pass a file of your own')

@@ -57,7 +57,9 @@ def jsonable(
 # %% ../nbs/06h_report.ipynb #1f01a850
 def _facts(compared):
     "A comparison without its rows"
-    return {k: v for k,v in asdict(compared).items() if k not in ('ids', 'diffs')} | {'verdict': compared.verdict}
+    names = {'smallest_visible': 'visible'}
+    facts = {names.get(k, k): v for k,v in asdict(compared).items() if k not in ('ids', 'diffs')}
+    return facts | {'verdict': compared.verdict}
 
 def _metric(name, after, before):
     "One metric of one file, or of two compared"

@@ -17,6 +17,7 @@ from .templates import TextTemplate
 from .chat import ChatTemplate
 from .tokenizer import Tokenizer
 from .decoder import Decoder
+from .families import stop_ids
 
 # %% ../nbs/04n_sampling.ipynb #39acbf2d
 _SHARE = rule(above=0, most=1)
@@ -116,8 +117,7 @@ def default_stop_ids(
     template:TextTemplate|ChatTemplate|None=None, # Ends each turn in its own way
 )->set: # Ids
     "Every id that tokenizer, model configuration or `template` call an end"
-    named = model.cfg.hf.get('eos_token_id')
-    stops = {tokenizer.eos_id, *(named if isinstance(named, (list, tuple)) else [named])}
+    stops = {tokenizer.eos_id, *stop_ids(model.cfg)}
     if template is not None and template.stop: stops.add(tokenizer.token_id(template.stop))
     return {s for s in stops if s is not None}
 

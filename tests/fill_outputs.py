@@ -16,6 +16,8 @@ UNRUN = re.compile(r'^\s*#\s*\|\s*(eval:\s*false|notest)', re.M)
 def fill(path):
     os.chdir(path.parent)
     nb = read_nb(path)
+    for c in nb.cells: # a cell that prints no more keeps nothing
+        if c.cell_type == 'code' and not UNRUN.search(c.source): c.outputs = []
     CaptureShell(path.parent, mpl_format='png').run_all(
         nb, exc_stop=True, preproc=lambda c: c.cell_type != 'code' or bool(UNRUN.search(c.source)))
     write_nb(nb, path)

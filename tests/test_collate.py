@@ -14,8 +14,8 @@ from sft_nb.tokenizer import get_gpt2_tokenizer
 from sft_nb.rows import Example
 from sft_nb.dataset import InstructionDataset
 from sft_nb.collate import custom_collate_fn
-from sft_nb.batches import (
-    EpochSampler, MIN_PREFIX, batch_order, collate_examples, collate_prompts, epoch_order, make_loaders)
+from sft_nb.batches import _MIN_PREFIX, collate_examples, collate_prompts
+from sft_nb.loaders import EpochSampler, batch_order, epoch_order, make_loaders
 from sft_nb.packing import (
     collate_packs, pack_rows, packed_batches, padding_share, row_mask, to_varlen, windowed_batches)
 
@@ -73,7 +73,7 @@ def test_sharing_changes_nothing(rows):
     assert shared.n_targets==pytest.approx(float(shared.weight_N.sum()))
     assert shared.n_tokens==sum(lengths) and len(shared.ids_N)==sum(lengths)-P*(B-1)
     assert shared.starts_B1[0]==P and shared.starts_B1[-1]==len(shared.ids_N) and (shared.starts_B1.diff()>0).all()
-    assert P==0 or (P>=MIN_PREFIX-1 and B>1 and P<min(lengths))
+    assert P==0 or (P>=_MIN_PREFIX-1 and B>1 and P<min(lengths))
     assert ((shared.labels_N==-100)==(shared.weight_N==0)).all()
     assert shared.padding==pytest.approx(1-sum(lengths)/(B*max(lengths)))
 
@@ -105,7 +105,7 @@ def test_prompts_keep_their_last_position(prompts):
 @given(st.integers(1, 50), st.integers(1, 9), st.integers(0, 2**40), st.integers(0, 3), st.booleans())
 def test_order_is_the_loaders_own(n, batch_size, seed, epoch, drop_last):
     state = torch.random.get_rng_state()
-    found = batch_order(n, batch_size, seed, epoch, drop_last)
+    found = batch_order(n, batch_size, seed, epoch, drop_last=drop_last)
     assert torch.equal(torch.random.get_rng_state(), state) # the global generator is not touched
     torch.manual_seed(seed)
     loader = DataLoader(range(n), batch_size, shuffle=True, drop_last=drop_last, collate_fn=list)

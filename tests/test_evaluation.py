@@ -227,7 +227,7 @@ def test_five_rows_are_no_evidence():
     "All five better happens by luck in one of 16 cases; all six in one of 32, and that may be said"
     for n, groups in [(1, ()), (5, ()), (60, tuple(range(5))*12)]:
         c = compare_scores(scores([10.]*n, groups=groups), scores([20.+i % 7 for i in range(n)], groups=groups))
-        assert (c.diff.low, c.diff.high, c.visible) == (-math.inf, math.inf, math.inf)
+        assert (c.diff.low, c.diff.high, c.smallest_visible) == (-math.inf, math.inf, math.inf)
         assert 'cannot tell' in c.verdict and 'too few rows' in c.verdict and 'would show' not in c.verdict and 'inf' not in c.verdict
     assert 'better' in compare_scores(scores([10.]*6), scores([20., 30, 25, 15, 12, 40])).verdict
 
@@ -247,7 +247,7 @@ def test_rows_that_ask_the_same_thing_are_compared_together():
     alone = compare_scores(scores(np.full(180, 50.)), scores(50+gain))
     together = compare_scores(scores(np.full(180, 50.), groups=groups), scores(50+gain, groups=groups))
     assert together.diff.high-together.diff.low > 2*(alone.diff.high-alone.diff.low)
-    assert together.p > alone.p and together.visible > 2*alone.visible
+    assert together.p > alone.p and together.smallest_visible > 2*alone.smallest_visible
 
 
 def test_identical_files_are_the_same_and_a_planted_shift_is_found():
@@ -265,7 +265,7 @@ def test_identical_files_are_the_same_and_a_planted_shift_is_found():
 
 def test_the_smallest_visible_difference_is_seen_in_four_of_five_cases():
     rng = np.random.default_rng(4)
-    error = compare_scores(scores(np.full(110, 50.)), scores(50+rng.normal(0, 15, 110))).visible
+    error = compare_scores(scores(np.full(110, 50.)), scores(50+rng.normal(0, 15, 110))).smallest_visible
     seen = [abs(d.mean()) > 1.96*d.std(ddof=1)/110**.5 for d in (rng.normal(error, 15, 110) for _ in range(1000))]
     assert 0.72 <= np.mean(seen) <= 0.88
 

@@ -69,7 +69,7 @@ def test_state_dict_fits_as_it_is(family):
     plain.load_state_dict(hf.state_dict())
     assert plain.lm_head.weight is plain.model['embed_tokens'].weight
     theirs = dict(hf.named_parameters())
-    assert [n for n, _ in plain.named_parameters()]==list(theirs)
+    assert {n for n, _ in plain.named_parameters()}==theirs.keys()
     for n, p in plain.named_parameters(): assert torch.equal(p, theirs[n])
 
 
@@ -147,8 +147,9 @@ def test_bridge_from_the_engine():
 LINEAR = dict(rope_type='linear', factor=2.)
 
 @pytest.mark.parametrize('name, value', [
-    ('window', 4), ('rope_scaling', LINEAR), ('rope_dim', 4), ('score_cap', 5.), ('logit_cap', 5.), ('norm', 'layer'),
-    ('sandwich', True), ('norm_plus_one', True), ('embed_scale', 2.), ('positions', 'learned'),
+    ('window', 4), ('rope_scaling', LINEAR), ('rope_dim', 4), ('score_cap', 5.), ('logit_cap', 5.),
+    ('norm', 'layer'), ('sandwich', True), ('norm_plus_one', True), ('embed_scale', 2.),
+    ('positions', 'learned'),
     ('gated_mlp', False), ('query_scale', 0.5)])
 def test_what_it_does_not_know_is_refused(name, value):
     cfg = ModelConfig('llama', vocab_size=V, n_layers=1, width=24, n_heads=4, n_kv_heads=2, head_dim=6,

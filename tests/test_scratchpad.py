@@ -17,7 +17,7 @@ from sft_nb.split import split_records
 from sft_nb.templates import format_input
 from sft_nb.dataset import InstructionDataset
 from sft_nb.collate import custom_collate_fn
-from sft_nb.batches import make_loaders
+from sft_nb.loaders import make_loaders
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = json.loads((ROOT/'data/sft/train/instruction-data.json').read_text(encoding='utf-8'))

@@ -83,7 +83,7 @@ def read_rows(folder, everything=False):
         cuts = np.cumsum(f[f'{name}_lengths'])[:-1]
         ids, learn = np.split(f[f'{name}_ids'], cuts), np.split(f[f'{name}_learn'], cuts)
         parts.append([(i, np.concatenate([[0], np.ones(len(i)-1)]).astype(np.float32) if everything else l) for i,l in zip(ids, learn)])
-    from sft_nb.batches import batch_order
+    from sft_nb.loaders import batch_order
     order = sum(batch_order(len(parts[0]), BATCH, SEED, 0), [])
     return [parts[0][i] for i in order], parts[1][:int(os.environ.get('SFT_NB_BENCH_VAL', 55))]
 
