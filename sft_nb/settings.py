@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from .basics import InputError, check_fields, rule
-from .batches import batch_order
+from .loaders import batch_order
 from .attention import ATTENTION
 from .decoder import Decoder
 from .lora import adapted

@@ -11,7 +11,6 @@ from dataclasses import asdict
 from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
-from torch import nn
 from .basics import InputError
 from .figures import COLORS
 from .tokenizer import Tokenizer
@@ -48,7 +47,7 @@ def plot_losses(
     "Both losses over epochs (below) and real tokens (above): `plot_losses(load_log('runs/mine'))`"
     fig = Figure(figsize=(5, 2.5), layout='constrained')
     ax = fig.subplots()
-    ax.spines['right'].set_visible(False)
+    ax.spines['right'].set(visible=False)
     ax.plot([s.epoch for s in log.steps], _smoothed(log, smooth), color=COLORS['train'],
             lw=1, label='training')
     ax.plot([v.epoch for v in log.vals], [v.loss for v in log.vals], color=COLORS['validation'],
