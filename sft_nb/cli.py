@@ -187,7 +187,7 @@ def encode_part(
     "A part of the data as ids, raising `InputError` for rows that cannot be learned"
     from sft_nb.dataset import InstructionDataset
     return InstructionDataset(records, job.loaded.tokenizer, job.template, args.loss_on, args.prompt_weight,
-                              longest_row(job, args), args.over_long)
+                              max_length=longest_row(job, args), over_long=args.over_long)
 
 
 def longest_row(
@@ -346,11 +346,13 @@ def train_command(args):
 # %% ../nbs/07a_cli.ipynb #6afd9587
 def run_command(args):
     "Do all of it: train, answer before and after, score, report"
+    from sft_nb.watch import plot_losses
     from sft_nb.judge import judge_file, open_judge
+    from sft_nb.numbers import RunFacts, load_answers
     from sft_nb.report import write_report
     out, judge = run_folder(args), judge_options(args) if wants_judge(args) else None
     train_config(args)
-    if judge: open_judge(lambda _: [], **{k: v for k,v in judge.items() if k!='workers'}).server.close() # is it there?
+    if judge: open_judge(lambda _: [], judge['server'], judge['how'].protocol) # is it there?
     job = prepare(args)
     settings = run_settings(job, args)
     check_questions(job, job.split.test, args)
@@ -360,24 +362,25 @@ def run_command(args):
     log = train_model(job, checked, out, args)
     answer(job, job.split.test, out/'responses.json', args)
     files = dict(before=out/'responses-before.json', after=out/'responses.json')
-    report = partial(write_report, out, title=f'sft_nb run: {out.name}', base_rows=files['before'], tuned_rows=files['after'],
-                     config=settings | settings['config'], log=log, val_before=log.vals[0].loss, val_after=log.vals[-1].loss)
-    data = report()
-    if judge: data = report(judge={name: judge_file(file, **judge) for name, file in files.items()})
+    answers = [load_answers(file) for file in files.values()]
+    facts = RunFacts(f'sft_nb run: {out.name}', settings | settings['config'], val_before=log.vals[0].loss, val_after=log.vals[-1].loss,
+                     secs={'training': log.secs}, pictures={'loss.png': ('Training and validation loss', plot_losses(log))})
+    data = write_report(out, *answers, facts)
+    if judge: data = write_report(out, *answers, facts, judge={name: judge_file(file, **judge) for name, file in files.items()})
     print_scores(data)
     print_judge(data)
     print(f"report    {out/'report.html'}")
 
 
 def print_scores(
-    data, # What `write_report` or `report_data` returned
+    data, # `ReportData` of two files
 ):
     "One line a metric: before, after, and the difference with its interval"
-    for name, m in data['metrics'].items():
-        d = m['diff']
-        sure = f"95 % interval {d['low']:+.1f} to {d['high']:+.1f}" if math.isfinite(d['low']) else 'too few rows for an interval'
-        print(f"score     {name:20} {m['before']:5.1f} -> {m['after']:5.1f}   {d['mean']:+5.1f} ({sure})")
-    print(f"verdict   {data['metrics'][data['primary']]['verdict']}")
+    for name, part in data.metrics.items():
+        m, d = part.compared, part.compared.diff
+        sure = f'95 % interval {d.low:+.1f} to {d.high:+.1f}' if d.is_known else 'too few rows for an interval'
+        print(f'score     {name:20} {m.before:5.1f} -> {m.after:5.1f}   {d.mean:+5.1f} ({sure})')
+    print(f'verdict   {data.headline.compared.verdict}')
 
 # %% ../nbs/07a_cli.ipynb #3141be93
 def respond_command(args):
@@ -399,15 +402,19 @@ def judge_options(
 )->dict: # The same for the functions of `sft_nb.judge` and `sft_nb.report`
     "Where the judge is and how it is asked, raising `InputError` if no judge was named"
     if not args.judge_url: raise InputError("judge: no server named, got no --judge-url; add --judge-url http://HOST:PORT/v1")
-    return dict(url=args.judge_url, model=args.judge_model or '', protocol=args.judge_protocol, workers=args.judge_workers)
+    from sft_nb.server import Server
+    from sft_nb.judge import Judging
+    server = Server(args.judge_url, args.judge_model or '')
+    return dict(server=server, how=Judging(protocol=args.judge_protocol, workers=args.judge_workers))
 
 
 def print_judge(
-    data, # What a function of `sft_nb.report` returned
+    data, # `ReportData`
 ):
     "One line for each file that was judged"
-    for name, judged in data.get('judge', {}).items():
-        if isinstance(judged, dict) and 'text' in judged: print(f"judge     {name}: {judged['text']}")
+    for name in ('before', 'after'):
+        judged = data.judge and getattr(data.judge, name)
+        if judged: print(f"judge     {name}: {judged['text']}")
 
 
 def judge_command(args):

@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 from .basics import InputError
+from .lora import trained_rows
 
 # %% ../nbs/05a_optimizer.ipynb #a6322bce
 def _cast_frozen(
@@ -215,11 +216,11 @@ def _refresh(
 
 # %% ../nbs/05a_optimizer.ipynb #82dd1c1e
 def check_decay(
-    model:nn.Module, # With `token_rows` where only some rows of its tables are trained
+    model:nn.Module, # Perhaps with `trained_rows`
     weight_decay:float, # What is asked for
 )->None:
     "Raise `InputError` where decay would pull rows that are not trained, and so are not saved"
-    if weight_decay and getattr(model, 'token_rows', {}):
+    if weight_decay and trained_rows(model):
         raise InputError('optimizer: weight decay would pull at all rows of the embedding, '
                          f'got {weight_decay} for a model of which single tokens are trained; '
                          'give weight_decay=0')

@@ -1,4 +1,4 @@
-"00_data and 00a_lint beyond what a cell can hold: broken files, large files, other processes, an exhaustive oracle."
+"00_data, 00a_readers, 00b_lint and 00e_split beyond what a cell can hold: broken files, large files, other processes, an exhaustive oracle."
 import gzip
 import io
 import json

@@ -23,7 +23,9 @@ from sft_nb.scores import (
     words)
 from sft_nb.comparison import (
     Interval, _level, agree, auc, compare_scores, mean_interval, score_interval, weighted_kappa)
-from sft_nb.report import md_cell, md_table, report_data, report_html, visible, write_report
+from sft_nb.pages import harmless, md_cell, md_table, page_html
+from sft_nb.numbers import RunFacts, report_data
+from sft_nb.report import report_page, write_report
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -331,12 +333,12 @@ class Tags(HTMLParser):
 
 def test_nothing_in_an_answer_becomes_markup(tmp_path):
     rows = response_rows([{'instruction': t, 'input': '', 'output': t} for t in NASTY], NASTY[1:]+NASTY[:1])
-    write_report(tmp_path, title=NASTY[0], base_rows=rows, tuned_rows=rows, config={NASTY[6]: NASTY[2]}, notes=NASTY)
+    write_report(tmp_path, rows, rows, RunFacts(NASTY[0], config={NASTY[6]: NASTY[2]}, notes=NASTY))
     page, plain = (tmp_path/'report.html').read_text(), (tmp_path/'report.md').read_text()
     seen, calm = Tags(), Tags()
     seen.feed(page)
     safe = response_rows([{'instruction': f'a{i}', 'input': '', 'output': f'a{i}'} for i in range(len(NASTY))], ['b']*len(NASTY))
-    calm.feed(report_html('t', report_data(safe, safe, config={'a': 'b'}, notes=NASTY)))
+    calm.feed(page_html(report_page(report_data(safe, safe, RunFacts('t', config={'a': 'b'}, notes=NASTY)))))
     assert set(seen.tags) == set(calm.tags) | {'img', 'figure', 'figcaption'}
     assert not [a for a in seen.attributes if a[0].startswith('on') or (a[1] or '').startswith(('http', 'javascript'))]
     assert 'alert(1)' in ''.join(seen.text) and '{{ 7*7 }}' in ''.join(seen.text) and '\x1b' not in page
@@ -346,8 +348,8 @@ def test_nothing_in_an_answer_becomes_markup(tmp_path):
 
 def test_spaces_and_line_ends_are_seen_as_they_are():
     "Literally: what is a space stays one, and what acts becomes a mark"
-    assert visible('12\u00a0000\u202fkm\u3000\r\nend') == '12\u00a0000\u202fkm\u3000\nend'
-    assert visible('a\u202eb\u200fc\rd\x00') == 'a�b�c�d�'
+    assert harmless('12\u00a0000\u202fkm\u3000\r\nend') == '12\u00a0000\u202fkm\u3000\nend'
+    assert harmless('a\u202eb\u200fc\rd\x00') == 'a�b�c�d�'
     assert md_cell('12\u00a0000\r\nend') == '12\u00a0000<br>end'
 
 
@@ -366,15 +368,15 @@ def test_markdown_cells_show_the_text_and_nothing_else(text):
     seen = Tags()
     seen.feed(render(md_table(['a', 'b'], [[md_cell(text, 10_000), 'end']])))
     assert [t for t in seen.tags if t != 'br'] == ['table', 'thead', 'tr', 'th', 'th', 'tbody', 'tr', 'td', 'td']
-    assert ''.join(''.join(seen.text).split()) == 'ab'+''.join(visible(text).split())+'end'
+    assert ''.join(''.join(seen.text).split()) == 'ab'+''.join(harmless(text).split())+'end'
 
 
 def test_report_stands_alone(tmp_path):
     rows = response_rows(records(20), ['It is 3.']*20)
-    data = write_report(tmp_path/'r', title='One file', base_rows=None, tuned_rows=rows)
+    data = write_report(tmp_path/'r', None, rows, RunFacts('One file'))
     page = (tmp_path/'r'/'report.html').read_text()
     assert 'http://' not in page.replace('http-equiv', '') and 'https://' not in page
-    assert "default-src 'none'" in page and 'diff' not in data['metrics']['exact']
+    assert "default-src 'none'" in page and data.metrics['exact'].compared is None
     for name in re.findall(r'\]\(([\w/.]+\.png)\)', (tmp_path/'r'/'report.md').read_text()): assert (tmp_path/'r'/name).stat().st_size > 1000
     assert 'NaN' not in (tmp_path/'r'/'report.json').read_text()
 
@@ -382,7 +384,7 @@ def test_report_stands_alone(tmp_path):
 def test_report_of_a_thousand_rows_is_quick(tmp_path):
     rows = response_rows(records(1000), [f'It is {i%7}.' for i in range(1000)])
     started = time.monotonic()
-    write_report(tmp_path, title='Many', base_rows=rows, tuned_rows=rows[::-1])
+    write_report(tmp_path, rows, rows[::-1], RunFacts('Many'))
     assert time.monotonic()-started < 60 and (tmp_path/'report.html').stat().st_size < 1_000_000
 
 

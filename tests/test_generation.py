@@ -7,14 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from naive import naive_answer
-
 from sft_nb import generation, seats
 from sft_nb.readers import load_records
 from sft_nb.split import split_records
 from sft_nb.tokenizer import get_gpt2_tokenizer
 from sft_nb.rows import encode_prompt
-from sft_nb.model import ModelConfig
+from sft_nb.model import ModelConfig, plain_answer
 from sft_nb.decoder import Decoder
 from sft_nb.loading import load_model
 from sft_nb.sampling import (
@@ -130,7 +128,7 @@ def toy(seed=0, **kw):
 def is_naive(model, prompts, max_new, batch_size=None):
     got = generate(model, Plain(), prompts, until=Stops(max_new, STOPS), within=Budget(batch_size))
     for a, p in zip(got, prompts):
-        assert list(a.ids)==naive_answer(model, p, min(max_new, model.cfg.max_length - len(p)), STOPS)
+        assert list(a.ids)==plain_answer(model, p, min(max_new, model.cfg.max_length - len(p)), STOPS)
         assert (a.finish=='stop')==(a.ids[-1] in STOPS) and a.n_prompt==len(p)
 
 
@@ -328,7 +326,7 @@ def test_default_model_batched_is_one_by_one(default):
     got = generate(loaded.model, loaded.tokenizer, some, until=Stops(24))
     alone = [generate(loaded.model, loaded.tokenizer, [p], until=Stops(24))[0] for p in some]
     assert sum(a.ids!=b.ids for a, b in zip(got, alone))==0
-    for a, p in list(zip(got, some))[:3]: assert list(a.ids)==naive_answer(loaded.model, p, 24, {0, 2})
+    for a, p in list(zip(got, some))[:3]: assert list(a.ids)==plain_answer(loaded.model, p, 24, {0, 2})
 
 
 def test_memory_stays_in_the_plan():

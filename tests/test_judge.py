@@ -17,10 +17,11 @@ from test_evaluation import kill_when_grown
 
 from sft_nb.basics import InputError
 from sft_nb.responses import answer_file, load_responses, save_responses
-from sft_nb.server import Server, first_reply, respond_file, server_answers
-from sft_nb.verdicts import (
-    FINAL, JudgeStopped, get_protocol, judge_prompt, preflight, quote, read_cut_verdict, read_verdict)
-from sft_nb.judge import judge_file, judge_pair_files
+from sft_nb.server import Patience, Server, Wish, chat, first_reply
+from sft_nb.respond import respond_file, server_answers
+from sft_nb.verdicts import check_judge, get_protocol, judge_prompt, quote, read_cut_verdict, read_verdict
+from sft_nb.ledger import FINAL, JudgeStopped
+from sft_nb.judge import Judging, judge_file as judge_at, judge_pair_files as judge_pairs_at
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = 'oak ash elm fir yew beech birch alder maple larch pine cedar palm fig plum pear apple cherry olive lime'.split()
@@ -34,6 +35,17 @@ def make(folder, n=40, answers=None, name='tuned.json'):
     rows = records(n)
     save_responses(folder/name, rows, answers or [r['output'] if i % 2 else 'no' for i, r in enumerate(rows)], {'model': 'tuned'})
     return folder/name
+
+
+def server_at(url, model='', extra=None, **patience): return Server(url, model, extra=extra, patience=Patience(**patience))
+
+
+def judge_file(path, url, model='', out=None, extra=None, **options):
+    patience = {k: options.pop(k) for k in ('timeout', 'deadline', 'tries', 'pause') if k in options}
+    return judge_at(path, server_at(url, model, extra, **patience), Judging(**options), out)
+
+
+def judge_pair_files(before, after, url, **patience): return judge_pairs_at(before, after, server_at(url, **patience))
 
 
 def judge(path, server, **more):
@@ -127,9 +139,9 @@ def test_a_dripping_server_is_left_at_the_deadline():
         except OSError: pass
     import threading
     threading.Thread(target=drip, daemon=True).start()
-    server = Server(f'http://127.0.0.1:{listener.getsockname()[1]}/v1', 'x', timeout=5, deadline=0.5, tries=1)
+    server = server_at(f'http://127.0.0.1:{listener.getsockname()[1]}/v1', 'x', timeout=5, deadline=0.5, tries=1)
     started = time.monotonic()
-    with pytest.raises(Exception, match='no whole reply within 0.5 s'): server.chat('hi')
+    with pytest.raises(Exception, match='no whole reply within 0.5 s'): chat(server, 'hi')
     assert time.monotonic()-started < 3
 
 
@@ -160,7 +172,7 @@ def test_a_quoting_mark_never_occurs_in_the_data():
 
 
 def test_the_last_final_verdict_counts(tmp_path):
-    from sft_nb.verdicts import Ledger
+    from sft_nb.ledger import Ledger
     ledger = Ledger(tmp_path/'j.jsonl')
     for status in ('error', 'unreadable', 'error'): ledger.add({'key': 'k', 'status': status})
     ledger.close()
@@ -201,8 +213,10 @@ def test_cut_replies(text, value):
 
 CLIENT = '''
 import sys; sys.path.insert(0, {root!r})
-from sft_nb.judge import judge_file
-print(judge_file({path!r}, {url!r}, way='text', exam=0, workers=3, pause=0.01).counts)
+from sft_nb.server import Patience, Server
+from sft_nb.judge import Judging, judge_file
+server = Server({url!r}, patience=Patience(pause=0.01))
+print(judge_file({path!r}, server, Judging(way='text', exam=0, workers=3)).counts)
 '''
 
 
@@ -230,7 +244,7 @@ def test_killed_clients_lose_nothing_and_count_nothing_twice(tmp_path):
 def test_answers_from_a_server_survive_kills_of_the_run(tmp_path):
     rows = records(25)
     with Scripted('good', level=lambda prompt: f'I was asked: {prompt}') as server:
-        client = Server(server.url, pause=0.01, tries=2)
+        client = server_at(server.url, pause=0.01, tries=2)
         first_reply(client)
         settings = {'model': client.model, 'max_new': 20}
         ask, asked = server_answers(client, 20), []
@@ -252,7 +266,7 @@ def test_a_record_that_the_server_declines_is_named_and_its_neighbours_are_kept(
         def picky(self, what, prompt):
             return self.send(400, {'error': {'message': 'context length exceeded'}}) if prompt == self.server.bad else act(self, what, prompt)
         server.RequestHandlerClass = type('Picky', (server.RequestHandlerClass,), {'act': picky})
-        def run(): return respond_file(tmp_path/'r.json', tmp_path/'a.json', server.url, workers=2, pause=0.01)
+        def run(): return respond_file(tmp_path/'r.json', tmp_path/'a.json', server_at(server.url, pause=0.01), workers=2)
         with pytest.raises(InputError, match=r'r\.json record 5: the server .* declined it \(HTTP 400: context length exceeded\)') as e: run()
         assert '\n' not in str(e.value)
         kept = len((tmp_path/'a.partial.jsonl').read_text().splitlines())-1
@@ -268,7 +282,7 @@ def test_replies_with_half_a_surrogate_pair_are_kept(tmp_path):
         assert judge(path, server).counts == {'ok': 3}
         assert lines(path)[0]['raw'] == 'Level 4 �'
         (tmp_path/'r.json').write_text(json.dumps(records(2)))
-        rows = respond_file(tmp_path/'r.json', tmp_path/'a.json', server.url)
+        rows = respond_file(tmp_path/'r.json', tmp_path/'a.json', server_at(server.url))
     assert [r['model_response'] for r in rows] == ['Level 4 �']*2 and load_responses(tmp_path/'a.json') == rows
 
 
@@ -434,9 +448,9 @@ def test_llama_cpp_gives_logprobs_and_json(tmp_path):
         judged = judge_file(path, url, way='json', exam=10)
         assert judged.judge['style'] == 'json_object' and judged.counts == {'ok': 10} and judged.judge['model'] == 'smollm2'
         assert not judged.exam.passed
-        tokens = Server(url, 'smollm2').chat('What is 2+2? Reply with the number alone.', 4, tops=5).tokens
+        tokens = chat(Server(url, 'smollm2'), 'What is 2+2? Reply with the number alone.', Wish(4, tops=5)).tokens
         assert len(tokens) >= 1 and all(v <= 0 for _, tops in tokens for v in tops.values()) and len(tokens[0][1]) >= 5
-        best = preflight(Server(url), 'levels')
+        best = check_judge(Server(url), 'levels')
         assert best.way in ('logprobs', 'json')
         long = tmp_path/'long.json'
         save_responses(long, [records(1)[0] | {'input': 'word '*3000}], ['no'])

@@ -4,11 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from naive import naive_answer
-
 from sft_nb.basics import InputError, load_json, save_json
 from sft_nb.rows import Example
 from sft_nb.batches import collate_examples
+from sft_nb.model import plain_answer
 from sft_nb.decoder import batch_loss
 from sft_nb.loading import load_model
 from sft_nb.saving import save_model
@@ -102,9 +101,7 @@ def test_gradients_are_pefts(family):
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:,1:].flatten(), reduction='sum').backward()
     rows = [Example(r.numpy().astype('int32'), torch.ones(20).numpy(), 'x') for r in ids]
     batch_loss(ours, collate_examples(rows))[0].backward()
-    grads = {}
     for m in adapted(ours):
-        sizes = [b - a for a,b in m.adapter.cuts]
         m.adapter.A.data, m.adapter.B.data = m.adapter.A.grad, m.adapter.B.grad
     save_adapter(folder/'gradients', ours)
     from safetensors.torch import load_file
@@ -135,7 +132,7 @@ def test_generation_uses_adapters(family):
     _, _, ours, _ = family
     shake(add_lora(ours, LoraConfig(4)))
     prompts = [[5, 6, 7], [9], [1, 2, 3, 4, 5, 6]]
-    for a,p in zip(generate(ours, Plain(), prompts, until=Stops(8)), prompts): assert list(a.ids)==naive_answer(ours, p, 8)
+    for a,p in zip(generate(ours, Plain(), prompts, until=Stops(8)), prompts): assert list(a.ids)==plain_answer(ours, p, 8)
 
 
 def test_bfloat16_base_learns_in_float32(family):
@@ -252,7 +249,7 @@ def test_training_on_a_4_bit_base(tmp_path, dtype):
     assert all(type(m.weight.data) is not torch.Tensor for m in adapted(ours))
     prompts = [[1, 2, 3], [1, 2, 50, 7, 9]]
     answers = generate(ours, Plain(), prompts, until=Stops(6, ids=()))
-    assert [list(a.ids) for a in answers] == [naive_answer(ours, p, 6) for p in prompts]
+    assert [list(a.ids) for a in answers] == [plain_answer(ours, p, 6) for p in prompts]
 
     train(packed(), rows, rows[:3], cfg, tmp_path/'run', hooks=[lambda e, _: 'enough' if e.step==3 else None])
     again = packed()

@@ -15,7 +15,9 @@ from sft_nb.basics import InputError, load_json, save_json
 from sft_nb.rows import Example
 from sft_nb.batches import collate_examples, collate_prompts
 from sft_nb.model import ModelConfig
-from sft_nb.attention import KVCache, Shortcuts
+from sft_nb.attention import (
+    CachedAttention, KVCache, RectangleAttention, Shortcuts, StepAttention, go_on, rectangle_attention)
+from sft_nb.flex import FlatAttention, flat_attention
 from sft_nb.decoder import Decoder, batch_loss, compare_with_naive, gradients_of, naive_loss
 from sft_nb.families import FAMILIES, file_parts, hf_tensors
 from sft_nb.fetch import fetch_default_model
@@ -141,7 +143,7 @@ def test_family_more(family, seed, tmp_path): check_family(family, seed, tmp_pat
 def examples(lengths, n_same, rng, learn='answer'):
     same = [rng.randrange(V) for _ in range(n_same)]
     rows = [same + [rng.randrange(V) for _ in range(n)] for n in lengths]
-    front = [rng.choice([0., 0.3, 1.]) for _ in range(n_same)] # weights of the preamble are the same in all rows, or it is not shared
+    front = [rng.choice([0., 0.3, 1.]) for _ in range(n_same)] # weights of the prefix are the same in all rows, or it is not shared
     mixed = lambda n: [rng.choice([0., 0.3, 1.]) for _ in range(n-1)] + [1.]
     weights = lambda n: dict(all=[1.]*n, answer=[0.]*(n-1) + [1.], mixed=front + mixed(n-n_same) if n>n_same else front)[learn]
     return [Example(np.array(r, np.int32), np.array(weights(len(r)), np.float32), 'test') for r in rows]
@@ -183,8 +185,8 @@ TOYS = dict(llama=ModelConfig('llama', **TOY),
             window=ModelConfig('mistral', **TOY | dict(tied=False), window=5),
             gemma=ModelConfig('gemma2', **TOY, window=4, window_layers=(True, False), sandwich=True, norm_plus_one=True, act='gelu_tanh',
                               score_cap=5., logit_cap=8., query_scale=0.5, embed_scale=4.9))
-BATCHES = {'one row': ([9], 0), 'one-token answers': ([1, 1, 1], 10), 'identical rows': ([0, 0, 0], 12), 'no common preamble': ([9, 14, 3], 0),
-           'ragged': ([2, 17, 5, 1, 8], 11), 'long preamble': ([1, 2], 40), 'same length': ([4]*4, 12)}
+BATCHES = {'one row': ([9], 0), 'one-token answers': ([1, 1, 1], 10), 'identical rows': ([0, 0, 0], 12), 'no prefix': ([9, 14, 3], 0),
+           'ragged': ([2, 17, 5, 1, 8], 11), 'long prefix': ([1, 2], 40), 'same length': ([4]*4, 12)}
 
 
 @pytest.mark.parametrize('shape', BATCHES)
@@ -200,6 +202,29 @@ def test_shortcuts(kind, shape):
             model.shortcuts = cuts
             diff = compare_with_naive(model, batch)
             assert diff['loss']<1e-5 and diff['gradient']<1e-5, (cuts, diff)
+
+
+@pytest.mark.parametrize('window', [None, 4, 99])
+@pytest.mark.parametrize('kind', TOYS)
+def test_ways_to_look_back(kind, window):
+    "Rectangles, a cache that reads prompts and then makes a step, and the flat positions find the same"
+    cfg, cuts = TOYS[kind], Shortcuts()
+    prompts = [[*range(9), *tail] for tail in ([20, 21, 22], [23], [24, 25])]
+    whole, first = collate_prompts([[*p, 30] for p in prompts]), collate_prompts(prompts)
+    step = collate_prompts([[30]]*3, share_prefix=False)
+    assert whole.n_prefix==first.n_prefix==8
+    last_N = torch.isin(torch.arange(len(whole.ids_N)), whole.starts_B1[1:] - 1)
+    heads_NQd = torch.randn(len(whole.ids_N), cfg.n_heads + 2*cfg.n_kv_heads, cfg.head_dim)
+    ways = rectangle_attention(whole, cfg, cuts), flat_attention(whole, cfg, {window})
+    want, flat = (way.attend(heads_NQd, 0, window) for way in ways)
+    past, found = KVCache(), torch.empty_like(want)
+    reads = go_on(past, first, cfg, cuts)
+    found[~last_N] = reads.attend(heads_NQd[~last_N], 0, window)
+    steps = go_on(past, step, cfg, cuts)
+    found[last_N] = steps.attend(heads_NQd[last_N], 0, window)
+    assert [type(way) for way in (*ways, reads, steps)]==[RectangleAttention, FlatAttention, CachedAttention, StepAttention]
+    assert_close(found, want)
+    assert_close(flat, want)
 
 
 @pytest.mark.parametrize('shape', BATCHES)

@@ -35,14 +35,13 @@ WITHOUT = {
     'keeping activations': 'blocks are computed again in the backward pass (`recompute`)'}
 
 
-def repeated_keys():
+def repeated_keys(Attend):
     "`attend_rows` as it would be without grouping: one key head a query head"
-    from sft_nb.attention import Attend
-    def attend_rows(heads, lay, mask, window, cuts):
-        (q, k, v), G = heads, lay.cfg.n_heads//lay.cfg.n_kv_heads
+    def attend_rows(heads, mask, window, cfg, cuts):
+        (q, k, v), G = heads, cfg.n_heads//cfg.n_kv_heads
         B, K, n, d = q.shape
         k, v = (x.repeat_interleave(G, 1) for x in (k, v))
-        return Attend.of(q.view(B, K*G, n//G, d), k, v, mask[:n//G], lay.cfg.scale).view(q.shape)
+        return Attend.of(q.view(B, K*G, n//G, d), k, v, mask[:n//G], cfg.scale).view(q.shape)
     return attend_rows
 
 
@@ -73,6 +72,7 @@ def child(a):
     import torch
     torch.set_num_threads(a.threads)
     sys.path.insert(0, str(ROOT))
+    import sft_nb.attention as A
     import sft_nb.decoder as D
     import sft_nb.kernels as K
     import sft_nb.run as R
@@ -86,8 +86,8 @@ def child(a):
     plans = {share: T.RunPlan(model, train, cfg=replace(cfg, share_prefix=share)) for share in (True, False)}
     plan, state = plans[True], R.begin_run(plans[True], getattr(torch, a.child))
     model.train()
-    cuts, loss, onednn, hooks, attend = model.shortcuts, T.batch_loss, K._onednn, [], D.attend_rows
-    slow_step, slow_attend = tensor_by_tensor(state.optimizer), repeated_keys()
+    cuts, loss, onednn, hooks, attend = model.shortcuts, T.batch_loss, K._onednn, [], A.attend_rows
+    slow_step, slow_attend = tensor_by_tensor(state.optimizer), repeated_keys(A.Attend)
     off = {'ends at targets': dict(ends_at_targets=False), 'derivatives by hand': dict(by_hand=False), 'rows of like length': dict(min_saving=math.inf),
            'one gradient of the table': dict(one_gradient=False), 'few shapes': dict(round_to=1), 'keeping activations': dict(recompute=True)}
     def set_up(name):
@@ -95,7 +95,7 @@ def child(a):
         model.shortcuts, T.batch_loss, K._onednn = replace(cuts, **off.get(name, {})), loss, onednn and name!="oneDNN's products"
         plan = plans[name!='shared prefix']
         if name=='everything': T.batch_loss = lambda model, batch, *_: (D.naive_loss(model, batch), batch.n_targets)
-        D.attend_rows = slow_attend if name=='grouped attention' else attend
+        A.attend_rows = slow_attend if name=='grouped attention' else attend
         state.optimizer.__dict__.pop('step', None)
         if name=='flat AdamW': state.optimizer.step = slow_step
         while hooks: hooks.pop().remove()
