@@ -18,7 +18,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from .basics import InputError, load_json, near_misses, read_text, save_json, shorten, write_atomic
 from .data import Message, Record
-from .templates import PLACES, Segment, TEXT_TEMPLATES, Template, TextTemplate, tidy_segments
+from .templates import PLACES, TEXT_TEMPLATES, Segment, Template, TextTemplate, tidy_segments
 
 # %% ../nbs/01a_chat.ipynb #6c168fce
 _chatml = """{% for m in messages %}
@@ -229,22 +229,26 @@ def _layout(template, roles, is_prompt):
     messages = tuple(Message(role, f'\ue002{i}\ue002', learn) for i, (role, learn) in enumerate(roles))
     try:
         printed = _print(template, messages, 'layout', ask=is_prompt)
-        if is_prompt: return _cut_prompt(printed)
-        return _cut_answer(printed, template.render(messages[:-1], 'layout', ask=True))
+        if is_prompt: layout = _cut_prompt(printed)
+        else: layout = _cut_answer(printed, template.render(messages[:-1], 'layout', ask=True))
     except InputError: return None
+    whole = [s.control or s.text==messages[s.turn].content for s in layout]
+    return layout if all(whole) else None # a template that cuts a message also cuts its mark
 
 # %% ../nbs/01a_chat.ipynb #7028bef3
 def _fill(printed, asked):
     "Segments by way of the layout, after the prompt `asked` if there is one; None if that is not exact"
-    roles = tuple((m.role, m.learn) for m in printed.messages)
-    layout = _layout(printed.template, roles, is_prompt=asked is None)
-    words = {f'\ue002{i}\ue002': m.content for i, m in enumerate(printed.messages)}
-    if layout is None or any(s.text not in words for s in layout if not s.control): return None
-    def fill(s):
-        return Segment(words[s.text], control=False, learn=s.learn, role=s.role, turn=s.turn)
-    filled = [s if s.control else fill(s) for s in layout]
-    text = (asked or '') + ''.join(s.text for s in filled)
-    return filled if text==printed.text else None
+    template, messages, text, _, _ = printed
+    layout = _layout(template, tuple([(m.role, m.learn) for m in messages]), asked is None)
+    if layout is None: return None
+    filled = []
+    for s in layout:
+        if not s.control:
+            words = messages[s.turn].content
+            s = Segment(words, control=False, learn=s.learn, role=s.role, turn=s.turn)
+        filled.append(s)
+    exact = (asked or '') + ''.join([s.text for s in filled])==text
+    return filled if exact else None
 
 # %% ../nbs/01a_chat.ipynb #f057fb17
 #| code-fold: true
@@ -299,7 +303,7 @@ if loop.first and messages[0].role == 'system' else '' %}
 
 # %% ../nbs/01a_chat.ipynb #0195cf80
 _bos_eos = ('bos_token', '<s>'), ('eos_token', '</s>')
-TEMPLATES:dict[str, TextTemplate|ChatTemplate] = TEXT_TEMPLATES | {t.name: t for t in [
+TEMPLATES:dict[str, Template] = TEXT_TEMPLATES | {t.name: t for t in [
     ChatTemplate('chatml', _chatml),
     ChatTemplate('smollm2', _smollm2),
     ChatTemplate('zephyr', _zephyr, _bos_eos),
@@ -312,10 +316,10 @@ TEMPLATES:dict[str, TextTemplate|ChatTemplate] = TEXT_TEMPLATES | {t.name: t for
 
 # %% ../nbs/01a_chat.ipynb #c8a07de9
 def get_template(
-    name:str|Path|TextTemplate|ChatTemplate, # A known name, a model's folder, or a template
-)->TextTemplate|ChatTemplate: # The template
+    name:str|Path|Template, # A known name, a model's folder, or a template, which is returned as it is
+)->Template: # A `TextTemplate` or `ChatTemplate`
     "The template of that name, raising `InputError` with the near misses: `get_template('chatml')`"
-    if isinstance(name, (TextTemplate, ChatTemplate)): return name
+    if isinstance(name, Template): return name
     if name in TEMPLATES: return TEMPLATES[name]
     if os.path.isdir(name): return load_template(name)
     raise InputError(f'template: unknown name {shorten(str(name))}; {near_misses(str(name), TEMPLATES)}')
@@ -351,11 +355,14 @@ def as_jinja(
 # %% ../nbs/01a_chat.ipynb #d55425b0
 def save_template(
     folder:str|Path, # A model folder
-    template:str|Path|TextTemplate|ChatTemplate, # A template or its name
+    template:str|Path|Template, # A template or its name
     start:str='', # As for `as_jinja`
 ):
     "Write chat_template.jinja for every program, and sft_template.json for what Jinja cannot say"
     chosen = get_template(template)
+    if not isinstance(chosen, (TextTemplate, ChatTemplate)):
+        raise InputError(f'template: only text and chat templates can be saved, got {shorten(chosen)}; '
+                         'use one of these')
     source = as_jinja(chosen, start) if isinstance(chosen, TextTemplate) else chosen.jinja
     described = {f.name: getattr(chosen, f.name) for f in fields(chosen) if f.name!='jinja'}
     write_atomic(Path(folder)/'chat_template.jinja', source)
@@ -400,7 +407,7 @@ def _foreign_template(folder):
 # %% ../nbs/01a_chat.ipynb #505307a1
 def load_template(
     folder:str|Path, # A model folder
-)->TextTemplate|ChatTemplate: # What it is asked in
+)->Template: # A `TextTemplate` or `ChatTemplate`
     "The template that a model was trained with, else its own, raising `FileNotFoundError` if it has none"
     folder = Path(folder)
     if not os.path.exists(folder/'sft_template.json'): return _foreign_template(folder)

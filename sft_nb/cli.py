@@ -263,7 +263,7 @@ def check_job(
     "Encode the rows and look at everything that can be looked at before training, raising `InputError`"
     from sft_nb.lora import LoraConfig, add_lora
     from sft_nb.sampling import default_stop_ids
-    from sft_nb.preflight import preflight
+    from sft_nb.preflight import check_run
     cfg, model = train_config(args), job.loaded.model
     check_same_run(out, run_settings(job, args))
     rows, val_rows = encode_part(job, job.split.train, args), encode_part(job, job.split.val, args)
@@ -275,9 +275,9 @@ def check_job(
     if args.lora: add_lora(model, LoraConfig(args.lora, tokens=job.added), cfg.seed)
     if not (args.no_preflight or (out/'checkpoints').exists() or (out/'model').exists()):
         stops = default_stop_ids(model, job.loaded.tokenizer, job.template)
-        found = preflight(model, rows, val_rows, cfg, job.loaded.tokenizer, stops)
+        found = check_run(model, rows, val_rows, cfg, tokenizer=job.loaded.tokenizer, stop_ids=stops)
         say(f"preflight\n{found}")
-        found.check()
+        found.raise_if_bad()
     return cfg, rows, val_rows
 
 
@@ -445,7 +445,7 @@ def inspect_command(args):
     rows = encode_part(job, job.split.train, args)
     print(f"receipt   {rows.receipt}")
     for record in job.split.train[:args.rows]:
-        print(view_record(record, job.template, job.loaded.tokenizer, args.loss_on, longest_row(job, args), args.over_long))
+        print(view_record(record, job.template, job.loaded.tokenizer, args.loss_on, longest_row(job, args), over_long=args.over_long))
 
 
 def chat_command(args):

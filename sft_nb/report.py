@@ -194,13 +194,13 @@ def _report(out, before, after, facts, **judged):
 def judge_report(
     path:str|Path, # A responses file
     server:Server, # Where the judge is
-    how:Judging = Judging(), # How it is asked
+    how:Judging|None = None, # How it is asked
     out:str|Path|None = None, # Folder for a report; None: write none
     facts:RunFacts|None = None, # What else is known of the run
 )->ReportData: # The report's numbers
     "Judge one file of answers and report on it: `judge_report('answers.json', Server(url))`"
     facts = facts or RunFacts(Path(path).name)
-    judged = judge_file(path, server, how)
+    judged = judge_file(path, server, how or Judging())
     return _report(out, None, path, facts, judge={'after': judged})
 
 # %% ../nbs/06l_report.ipynb #40000e78
@@ -209,13 +209,14 @@ def compare_files(
     after:str|Path, # Responses file of the second
     out:str|Path|None = None, # Folder for a report; None: write none
     server:Server|None = None, # Where a judge is; None: do without a judge
-    how:Judging = Judging(), # How it is asked
+    how:Judging|None = None, # How it is asked
     *,
     facts:RunFacts|None = None, # What else is known of the run
 )->ReportData: # The report's numbers
     "Compare two files of answers, with a judge if there is one: each file by itself, and side by side"
     facts = facts or RunFacts(f'{Path(before).name} and {Path(after).name}')
     if server is None: return _report(out, before, after, facts)
+    how = how or Judging()
     files = {'before': before, 'after': after}
     judge = {name: judge_file(path, server, how) for name, path in files.items()}
     pairs = judge_pair_files(before, after, server, how)

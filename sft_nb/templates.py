@@ -82,8 +82,9 @@ def visible_text(
     return ''.join(map(shown, text))
 
 # %% ../nbs/01_templates.ipynb #c6d5616a
-STYLES = {'read': 'color:#767676', 'learned': 'color:#0072b2;font-weight:bold', 'mute': 'color:#767676',
-          'stop': 'background:#e69f00;color:black', 'cut': 'color:#b3261e;text-decoration:line-through'}
+STYLES = {'read': 'color:#767676', 'learned': 'color:#0072b2;font-weight:bold',
+          'stop': 'background:#e69f00;color:black', 'mute': 'color:#767676',
+          'cut': 'color:#b3261e;text-decoration:line-through'}
 
 def colored_html(
     pieces:Iterable, # (kind, text) of each, with a kind of `STYLES`
@@ -111,6 +112,7 @@ def tidy_segments(
 # %% ../nbs/01_templates.ipynb #d4a1562e
 class Template:
     "What prints a record in pieces"
+    name:str # What it is called
     bare = False # Are the tokens at both ends of a text left to the tokenizer?
 
     @property
