@@ -176,7 +176,7 @@ def _store(
     assert plan.folder is not None
     if plan.sharded:
         from sft_nb.sharding import save_shards # takes a second, and only several processes need it
-        save_shards(plan.folder/kind, step, tensors, meta, keep)
+        save_shards(plan.folder/kind, step, tensors, meta, keep=keep, first=plan.world.first)
     elif plan.world.rank==0: save_checkpoint(plan.folder/kind, step, tensors, meta, keep)
 
 # %% ../nbs/05f_run.ipynb #4aa6f42a
