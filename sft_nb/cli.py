@@ -110,7 +110,7 @@ def job_config(
     args:argparse.Namespace, # Parsed options; those that were left out are missing
 )->'JobConfig': # Everything that was asked for, and the defaults for the rest
     "The configuration that the words of a command mean"
-    from sft_nb.steps import TrainConfig # torch is not for a quick --help
+    from sft_nb.settings import TrainConfig # torch is not for a quick --help
     from sft_nb.job import JobConfig
     given = {name: value for name, value in vars(args).items() if value is not None}
 

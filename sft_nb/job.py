@@ -31,7 +31,7 @@ from .saving import resize_vocab, save_model
 from .lora import LoraConfig, add_lora, merge_lora
 from .sampling import Stops, default_stop_ids
 from .generation import answer_records, check_prompts
-from .steps import TrainConfig, TrainLog, load_log
+from .settings import TrainConfig, TrainLog, load_log
 from .run import train
 from .watch import plot_losses
 from .preflight import check_run
