@@ -51,7 +51,7 @@ def plain_interval(
     n_resamples:int = 2000, # How many test sets are drawn
     seed:int = 0, # Seed of the drawing
 )->tuple: # Lower and upper end of the 95 % interval
-    "Where the means lie of test sets that are drawn from these rows, without the lowest and the highest fortieth"
+    "Where the means of test sets drawn from these rows lie, without the lowest and highest fortieth"
     rng = np.random.default_rng(seed)
     means = []
     for _ in range(n_resamples):
