@@ -30,6 +30,9 @@ if TYPE_CHECKING: # what editors and type checkers see; a test compares it with 
     from .responses import load_responses as load_responses, save_responses as save_responses
     from .scores import score_responses as score_responses
     from .comparison import compare_scores as compare_scores
+    from .server import Server as Server
+    from .judge import judge_file as judge_file
+    from .job import JobConfig as JobConfig, run_job as run_job
     from .basics import InputError as InputError
 
 
