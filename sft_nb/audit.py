@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['wrong_rows']
 
-# %% ../nbs/02a_audit.ipynb #de9477b4
+# %% ../nbs/02a_audit.ipynb #a6bef5d5
 import numpy as np
 
 from .basics import InputError
+from .templates import render_record
+from .tokenizer import whole_text
 from .rows import LEARNED, STOP, encode_rows
 from .encoding import stream_records
 from .dataset import InstructionDataset
@@ -43,10 +45,21 @@ def _said_by(rows, n, row, decode):
     learned[0] = row.kinds[0] in (LEARNED, STOP) # muted only because nothing predicts it
     return _learned_text(rows[n].ids, learned, decode)
 
+# %% ../nbs/02a_audit.ipynb #9042e9d4
+def _asked_ids(record, plan):
+    "The ids of the whole prompt of `record`; [] if its words name a control token, which they must not become"
+    rendered = render_record(record, plan.template)
+    prompt = rendered.segments[:rendered.n_asked]
+    words = ''.join(s.text for s in prompt if not s.control)
+    if any(token in words for token in plan.tokenizer.control_tokens): return []
+    start = plan.tokenizer.start if rendered.bare else ''
+    text = start + ''.join(s.text for s in prompt)
+    return plan.tokenizer.encode_control(whole_text(text))
+
 # %% ../nbs/02a_audit.ipynb #bdc50dcb
 def wrong_rows(
     dataset:InstructionDataset, # Made with a template, from records that can be read again
-)->list: # (where, wanted, learned) for each row that learns something else than its answers
+)->list: # (where, wanted, learned or read) for each row that is not what it should be
     "Rows whose learned ids do not decode to their answers and stops, cut rows apart: `wrong_rows(dataset)`"
     if dataset.receipt is None:
         raise InputError('dataset: its rows do not say what is learned, got template=None; '
@@ -62,7 +75,10 @@ def wrong_rows(
         if n_read - 1 not in place or was_cut: continue
         wanted = _wanted_text(row, record, plan)
         said = _said_by(rows, place[n_read - 1], row, plan.tokenizer.decode)
+        asked = _asked_ids(record, plan)
+        read = rows[place[n_read - 1]].ids[:len(asked)].tolist()
         if wanted not in said: found.append((record.where, wanted, said[0]))
+        elif read!=asked: found.append((record.where, plan.tokenizer.decode(asked), plan.tokenizer.decode(read)))
     n_wanted = dataset.receipt.rows_in
     if n_read==n_wanted: return found
     raise InputError(f'dataset: its records have to be read again, got {n_read} of {n_wanted}; '

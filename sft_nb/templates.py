@@ -242,11 +242,13 @@ def plain_row(
     tokenizer:Any, # Any object with `encode`, such as tiktoken's GPT-2
     end_id:int=50256, # Id of the tokenizer's own end token; GPT-2's is 50256
 )->tuple: # Two lists of one length: the ids, and whether the model has to learn each of them
-    "The segments as ids, one after the other: `ids, learn = plain_row(rendered, gpt2)`"
+    "The prompt and its answer as ids: `ids, learn = plain_row(rendered, gpt2)`"
+    n = len(rendered.segments) if rendered.n_asked is None else rendered.n_asked
+    sides = rendered.segments[:n], rendered.segments[n:]
     ids:list[int] = []
     learn:list[bool] = []
-    for segment in rendered.segments:
-        piece = tokenizer.encode(segment.text) if segment.text else [end_id]
-        ids += piece
-        learn += [segment.learn]*len(piece)
+    for side in sides:
+        words = tokenizer.encode(''.join(s.text for s in side))
+        ids += words + [end_id]*any(s.stop and not s.text for s in side)
+        learn += [any(s.learn for s in side)]*(len(ids) - len(learn))
     return ids, learn
