@@ -19,11 +19,12 @@ from .dataset import InstructionDataset
 def _learned_text(ids, learned, decode):
     "What the learned stretches of a row say: each on its own, and after what stands before it"
     edges = np.diff(learned, prepend=False, append=False)
-    alone = in_place = ''
-    for a, b in np.flatnonzero(edges).reshape(-1, 2):
-        alone += decode(ids[a:b])
-        n_before = len(decode(ids[:a]))
-        in_place += decode(ids[:b])[n_before:]
+    alone = ''
+    in_place = ''
+    for begin, end in np.flatnonzero(edges).reshape(-1, 2):
+        alone += decode(ids[begin:end])
+        n_before = len(decode(ids[:begin]))
+        in_place += decode(ids[:end])[n_before:]
     return alone, in_place
 
 # %% ../nbs/02a_audit.ipynb #123420e9
@@ -47,11 +48,12 @@ def _said_by(rows, n, row, decode):
 
 # %% ../nbs/02a_audit.ipynb #9042e9d4
 def _asked_ids(record, plan):
-    "The ids of the whole prompt of `record`; [] if its words name a control token, which they must not become"
+    "The ids of the whole prompt of `record`; [] if its words name a control token"
     rendered = render_record(record, plan.template)
     prompt = rendered.segments[:rendered.n_asked]
     words = ''.join(s.text for s in prompt if not s.control)
-    if any(token in words for token in plan.tokenizer.control_tokens): return []
+    for token in plan.tokenizer.control_tokens:
+        if token in words: return [] # the whole text would hold one
     start = plan.tokenizer.start if rendered.bare else ''
     text = start + ''.join(s.text for s in prompt)
     return plan.tokenizer.encode_control(whole_text(text))
@@ -59,7 +61,7 @@ def _asked_ids(record, plan):
 # %% ../nbs/02a_audit.ipynb #bdc50dcb
 def wrong_rows(
     dataset:InstructionDataset, # Made with a template, from records that can be read again
-)->list: # (where, wanted, learned or read) for each row that is not what it should be
+)->list: # (where, wanted, found) for each wrong row, as texts or as ids of the prompt
     "Rows whose learned ids do not decode to their answers and stops, cut rows apart: `wrong_rows(dataset)`"
     if dataset.receipt is None:
         raise InputError('dataset: its rows do not say what is learned, got template=None; '
@@ -74,11 +76,13 @@ def wrong_rows(
         was_cut = plan.max_length and len(row)>plan.max_length
         if n_read - 1 not in place or was_cut: continue
         wanted = _wanted_text(row, record, plan)
-        said = _said_by(rows, place[n_read - 1], row, plan.tokenizer.decode)
-        asked = _asked_ids(record, plan)
-        read = rows[place[n_read - 1]].ids[:len(asked)].tolist()
+        n = place[n_read - 1]
+        said = _said_by(rows, n, row, plan.tokenizer.decode)
+        asked = [] if row.across else _asked_ids(record, plan)
+        ids = rows[n].ids
+        read = ids[:len(asked)].tolist()
         if wanted not in said: found.append((record.where, wanted, said[0]))
-        elif read!=asked: found.append((record.where, plan.tokenizer.decode(asked), plan.tokenizer.decode(read)))
+        elif read!=asked: found.append((record.where, asked, read))
     n_wanted = dataset.receipt.rows_in
     if n_read==n_wanted: return found
     raise InputError(f'dataset: its records have to be read again, got {n_read} of {n_wanted}; '

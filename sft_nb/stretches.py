@@ -160,7 +160,7 @@ class _Renamed:
         "For each text the ids and places of what stands between its control tokens"
         for text, e in zip(texts, self.tok.encode_batch(texts, add_special_tokens=False)):
             marks = [i for i, token in enumerate(e.ids) if token in self.marks]
-            first = marks.pop(0) + 1 if text.startswith(_OPEN) else 0
+            first = marks.pop(0) + 1 if marks and text.startswith(_OPEN) else 0
             last = marks[0] if marks else len(e.ids)
             yield [self.others.get(i, i) for i in e.ids[first:last]], e.offsets[first:last]
 

@@ -95,7 +95,7 @@ class _Layout:
         self.before = '' # control token in front of it
         self.goes_on = False
         self.asked = None # the stretch in front of the border, while the one behind it is open
-        self.junction = None # both of them
+        self.junctions = [] # both of them, for each answer that begins in plain text
 
     def add(self, i, rank, text):
         if text: self.open.append((i, rank, text))
@@ -117,7 +117,7 @@ class _Layout:
             around = dict(before=self.before, after=after, goes_on=self.goes_on)
             stretch = stretch._replace(**around)
         self.pieces.append((where, stretch))
-        if self.asked: self.junction = self.asked, stretch
+        if self.asked: self.junctions.append((self.asked, stretch))
 
     def border(self):
         if not self.open: return
@@ -129,8 +129,11 @@ class _Layout:
 def _lay_out(rendered, tokenizer, frames, stops):
     "The `_Layout` of a rendered text"
     layout = _Layout(encoder_of(tokenizer).looks_around)
+    turn = -1 # of the answer before
     for i, s in enumerate(rendered.segments):
-        if i==rendered.n_asked: layout.border()
+        if s.role=='assistant' and s.turn!=turn:
+            layout.border()
+            turn = s.turn
         rank = _owner_rank(s)
         if s.stop:
             layout.end(s.text or getattr(tokenizer, 'eos', ''), i)
@@ -150,7 +153,7 @@ def _lay_out(rendered, tokenizer, frames, stops):
 class Encoded(NamedTuple):
     "The ids of a rendered text"
     ids:list # For each segment its ids
-    across:list # The first id of the whole text that is another one because of the border; [] if none is
+    across:list # For each border inside the whole text's tokens, the first id that is another one
 
 # %% ../nbs/01bc_whole_text.ipynb #d5e68a1f
 def _first_other(whole, apart):
@@ -166,10 +169,9 @@ def _answer_head(text, encoder):
     return text[:cut.start()] if cut else text
 
 # %% ../nbs/01bc_whole_text.ipynb #706e4ef3
-def _joint(layout, encoder):
-    "The stretches on both sides of a border as one; None if no border stands in plain text"
-    if not layout.junction: return None
-    asked, answer = layout.junction
+def _joint(junction, encoder):
+    "The stretches on both sides of a border as one"
+    asked, answer = junction
     words = ''.join(asked.parts)
     said = _answer_head(''.join(answer.parts), encoder)
     return Stretch((words + said,), before=asked.before, after=answer.after)
@@ -184,10 +186,10 @@ def _gathered(layout, n, table):
     return ids
 
 # %% ../nbs/01bc_whole_text.ipynb #e098c780
-def _across(layout, joint, table):
+def _across(junction, joint, table):
     "The first id of the `joint` that both sides of the border do not have"
     apart = []
-    for stretch in layout.junction:
+    for stretch in junction:
         for share in table[stretch]: apart += share
     return _first_other(table[joint][0], apart)
 
@@ -196,16 +198,17 @@ def _by_stretches(rendered, tokenizer, frames, stops):
     "Encode every stretch of every text in one batch"
     encoder = encoder_of(tokenizer)
     layouts = [_lay_out(r, tokenizer, frames, stops) for r in rendered]
-    joints = [_joint(layout, encoder) for layout in layouts]
-    wanted = dict.fromkeys(filter(None, joints))
+    wanted:dict = {}
     for layout in layouts:
+        wanted |= dict.fromkeys(_joint(junction, encoder) for junction in layout.junctions)
         stretches = [piece for _, piece in layout.pieces if isinstance(piece, Stretch)]
         wanted |= dict.fromkeys(stretches)
     table = dict(zip(wanted, encoder.encode(list(wanted))))
     found = []
-    for r, layout, joint in zip(rendered, layouts, joints):
+    for r, layout in zip(rendered, layouts):
         ids = _gathered(layout, len(r.segments), table)
-        across = _across(layout, joint, table) if joint else []
+        across:list = []
+        for junction in layout.junctions: across += _across(junction, _joint(junction, encoder), table)
         found.append(Encoded(ids, across))
     return found
 
@@ -227,14 +230,13 @@ class _Plan(NamedTuple):
     "What texts of one shape have in common"
     ids:list # For each segment its ids; of a content none
     slots:list # A `_Slot` for each content
-    asked:Any # Text in front of the border, or the number of its slot; None: no border in plain text
-    answer:int # Number of the slot behind the border
+    borders:list # For each the text in front of it, or its slot's number, and the slot's behind it
 
 # %% ../nbs/01bc_whole_text.ipynb #bdb1c573
 def _shape(rendered):
     "What decides about the plan of a rendered text"
-    kinds = [(s.text, s.stop) if s.control else not s.text for s in rendered.segments]
-    return rendered.n_asked, tuple(kinds)
+    kinds = [(s.text if s.control else not s.text, s.stop, s.role) for s in rendered.segments]
+    return tuple(kinds)
 
 # %% ../nbs/01bc_whole_text.ipynb #a641837e
 def _slot(piece, where, segments, tokenizer):
@@ -270,8 +272,8 @@ def _make_plan(rendered, layout, tokenizer):
             text = piece.parts[0]
             sides[id(piece)] = text
             ids[here] = ids[here] + tokenizer.encode(text)
-    asked, answer = [sides[id(piece)] for piece in layout.junction or ()] or [None, None]
-    return None if isinstance(answer, str) else _Plan(ids, slots, asked, answer)
+    borders = [(sides[id(asked)], sides[id(answer)]) for asked, answer in layout.junctions]
+    return None if any(isinstance(answer, str) for _, answer in borders) else _Plan(ids, slots, borders)
 
 # %% ../nbs/01bc_whole_text.ipynb #d1138d62
 def _fill(plan, texts, table):
@@ -288,21 +290,27 @@ def _fill(plan, texts, table):
 
 # %% ../nbs/01bc_whole_text.ipynb #32adb494
 def _planned_texts(rendered, plan, encoder):
-    "What has to be encoded for a text that follows `plan`: its stretches, and both sides of its border"
+    "What has to be encoded for a text that follows `plan`: its stretches, and its borders"
     texts = [slot.fill(rendered) for slot in plan.slots]
-    if plan.asked is None: return texts, '', ''
-    asked = plan.asked if isinstance(plan.asked, str) else texts[plan.asked]
-    return texts, asked, asked + _answer_head(texts[plan.answer], encoder)
+    borders = []
+    for side, answer in plan.borders:
+        asked = side if isinstance(side, str) else texts[side]
+        said = texts[answer]
+        joint = asked + _answer_head(said, encoder)
+        borders.append((asked, said, joint))
+    return texts, borders
 
 # %% ../nbs/01bc_whole_text.ipynb #32a68ae5
-def _encoded(plan, texts, asked, joint, table):
+def _encoded(plan, texts, borders, table):
     "The `Encoded` of a text that follows `plan`; None if it does not"
     ids = _fill(plan, texts, table)
-    if ids is None or not joint: return ids and Encoded(ids, [])
-    whole = table[joint]
-    apart = table[asked] + table[texts[plan.answer]]
-    is_same = apart[:len(whole)]==whole
-    return Encoded(ids, [] if is_same else _first_other(whole, apart))
+    if ids is None: return None
+    across = []
+    for asked, said, joint in borders:
+        whole = table[joint]
+        apart = table[asked] + table[said]
+        if apart[:len(whole)]!=whole: across += _first_other(whole, apart)
+    return Encoded(ids, across)
 
 # %% ../nbs/01bc_whole_text.ipynb #983ae955
 def _by_plans(rendered, tokenizer, frames, stops):
@@ -320,10 +328,10 @@ def _by_plans(rendered, tokenizer, frames, stops):
         if not plan:
             rows.append(None)
             continue
-        texts, asked, joint = _planned_texts(r, plan, encoder)
-        rows.append((plan, texts, asked, joint))
-        wanted |= dict.fromkeys(texts)
-        if joint: wanted |= {asked: None, joint: None}
+        texts, borders = _planned_texts(r, plan, encoder)
+        rows.append((plan, texts, borders))
+        for text in texts: wanted[text] = None
+        for asked, _, joint in borders: wanted[asked] = wanted[joint] = None
     table = dict(zip(wanted, tokenizer.encode_batch(list(wanted))))
     return [row and _encoded(*row, table) for row in rows]
 
