@@ -65,7 +65,7 @@ def _make_heads(
     if tables: x = Turn.of(x, *tables, (n_turned, cfg.head_dim), by_hand=by_hand)
     return x.view(len(x), -1, cfg.head_dim)
 
-# %% ../nbs/04f_decoder.ipynb #5a168b89
+# %% ../nbs/04f_decoder.ipynb #c08db26b
 def _run_mlp(block, h, by_hand=True):
     "What the MLP makes of each position of the residual stream (N, D)"
     cfg = block.cfg
@@ -95,7 +95,7 @@ class Block(_BlockParts):
         found = _run_mlp(self, h, by_hand)
         return h + (self.mlp_out_norm(found, by_hand) if self.cfg.sandwich else found)
 
-# %% ../nbs/04f_decoder.ipynb #7040725f
+# %% ../nbs/04f_decoder.ipynb #5a04de85
 class TargetBatch(FlatBatch, Protocol):
     "A flat batch of which something is to be learned"
     @property
@@ -125,7 +125,7 @@ def _fill_up(
     ids_N = F.pad(batch.ids_N, (0, n_more))
     return FlatIds(ids_N, F.pad(batch.pos_N, (0, n_more)), starts_B1, batch.n_prefix)
 
-# %% ../nbs/04f_decoder.ipynb #87f40d7c
+# %% ../nbs/04f_decoder.ipynb #5368d352
 @dataclass
 class _LossPlan:
     "What of a batch is computed for its loss"
@@ -134,7 +134,7 @@ class _LossPlan:
     labels_M:Tensor # What should come next there
     weight_M:Tensor # How much each counts
 
-# %% ../nbs/04f_decoder.ipynb #8290cfb2
+# %% ../nbs/04f_decoder.ipynb #88db95e9
 def _plan_loss(
     batch:TargetBatch, # What is to be learned
     cuts:Shortcuts, # What may be left out
@@ -151,7 +151,7 @@ def _plan_loss(
     weight_N = F.pad(batch.weight_N, (0, n_more))
     return _LossPlan(filled, at_M, labels_N[at_M], weight_N[at_M])
 
-# %% ../nbs/04f_decoder.ipynb #47eff563
+# %% ../nbs/04f_decoder.ipynb #64bb0e87
 def _init_weights(model):
     "Small random matrices, norms and biases that change nothing; what has no memory is read later"
     plus_one = model.cfg.norm_plus_one
@@ -160,7 +160,7 @@ def _init_weights(model):
         if p.dim()==2: nn.init.normal_(p, std=0.02)
         elif name.endswith('bias') or plus_one: nn.init.zeros_(p)
 
-# %% ../nbs/04f_decoder.ipynb #374560af
+# %% ../nbs/04f_decoder.ipynb #65fdd44d
 class _DecoderParts(nn.Module):
     "The weights of a decoder"
     def __init__(self,
@@ -185,7 +185,7 @@ class _DecoderParts(nn.Module):
         "The output table"
         return self.embed.weight if self.cfg.tied else self.unembed.weight
 
-# %% ../nbs/04f_decoder.ipynb #a1b766e1
+# %% ../nbs/04f_decoder.ipynb #1790da20
 def _choose_attention(
     model:_DecoderParts, # Says which shortcuts it takes
     batch:FlatBatch, # What will be read
@@ -199,7 +199,7 @@ def _choose_attention(
     if torch.is_grad_enabled(): check_trains(cuts, cfg, batch.pos_N.device)
     return flat_attention(batch, cfg, {block.window for block in model.blocks})
 
-# %% ../nbs/04f_decoder.ipynb #024660ac
+# %% ../nbs/04f_decoder.ipynb #2d66421f
 def _embed_ids(
     model:_DecoderParts, # Weights
     batch:FlatBatch, # Ids and positions
@@ -212,7 +212,7 @@ def _embed_ids(
     if model.cfg.embed_scale!=1: h = h*model.cfg.embed_scale
     return h + model.pos_embed(batch.pos_N) if model.cfg.positions=='learned' else h
 
-# %% ../nbs/04f_decoder.ipynb #f4633efd
+# %% ../nbs/04f_decoder.ipynb #836b7c8a
 def _turn_tables(
     model:_DecoderParts, # Says how positions are turned
     pos_N:Tensor, # Positions in the rows
@@ -224,7 +224,7 @@ def _turn_tables(
     kinds = {bool(block.window) for block in model.blocks}
     return {windowed: rope_tables(model.cfg, pos_N, length, windowed, dtype) for windowed in kinds}
 
-# %% ../nbs/04f_decoder.ipynb #9429ce90
+# %% ../nbs/04f_decoder.ipynb #13d4ae6a
 def _run_blocks(
     model:_DecoderParts, # Weights
     h:Tensor, # First state of each position (N, D)
@@ -240,7 +240,7 @@ def _run_blocks(
         h = checkpoint(block, *args, use_reentrant=False) if forget else block(*args)
     return h
 
-# %% ../nbs/04f_decoder.ipynb #1ddc12dd
+# %% ../nbs/04f_decoder.ipynb #c7097a06
 def _two_tables(model):
     "The embedding to read ids from, None for the model's own, and the head's table"
     table = model.head_weight
@@ -248,7 +248,7 @@ def _two_tables(model):
     if model.cfg.tied and model.shortcuts.one_gradient and learns: return Twice.of(table)
     return None, table
 
-# %% ../nbs/04f_decoder.ipynb #a7755a42
+# %% ../nbs/04f_decoder.ipynb #58042dc6
 def _sum_loss(
     model:'Decoder', # The model
     batch:TargetBatch, # What is to be learned; without targets the loss is 0, and so are all gradients
@@ -262,7 +262,7 @@ def _sum_loss(
     cap = model.cfg.logit_cap
     return target_loss(h, table, plan.labels_M, plan.weight_M, cap=cap, chunk=chunk, owner=owner)
 
-# %% ../nbs/04f_decoder.ipynb #f56c2c8a
+# %% ../nbs/04f_decoder.ipynb #96482d91
 def _full_rows(
     ids_BT:Tensor, # Rows without padding
 )->FlatIds: # The same rows, one behind the other
@@ -336,7 +336,7 @@ def gradients_of(
     model.zero_grad(set_to_none=True)
     return grads
 
-# %% ../nbs/04f_decoder.ipynb #cbaf84fb
+# %% ../nbs/04f_decoder.ipynb #1a789ff6
 def compare_with_naive(
     model:Decoder, # Any model, in float32
     batch:TargetBatch, # A flat `Batch`, of your own data

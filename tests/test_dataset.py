@@ -1,4 +1,4 @@
-"01a_tokenizer, 01b_rows and 02_dataset: what the cells cannot hold: arbitrary text, other libraries as judges, processes, scale."
+"01b_tokenizer, 01c_rows and 02_dataset: what the cells cannot hold: arbitrary text, other libraries as judges, processes, scale."
 import json, multiprocessing, os, resource, subprocess, sys, textwrap, time
 from pathlib import Path
 

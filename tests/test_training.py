@@ -18,18 +18,19 @@ import torch
 import torch.distributed as dist
 
 from sft_nb import checkpoints
-from sft_nb import preflight as preflight_module
+from sft_nb import preflight
 from sft_nb.basics import InputError
 from sft_nb.rows import Example
 from sft_nb.model import ModelConfig
 from sft_nb.decoder import Decoder
 from sft_nb.lora import LoraConfig, add_lora
 from sft_nb.optimizer import FlatAdamW
-from sft_nb.steps import (
-    StepLog, TrainConfig, ValLog, accumulate, load_log, micro_batches, processes, run_bytes, validate)
-from sft_nb.run import Run, train
+from sft_nb.settings import StepLog, TrainConfig, ValLog, load_log, run_bytes
+from sft_nb.steps import accumulate, micro_batches, processes, validate
+from sft_nb import run as run_module
+from sft_nb.run import train
+from sft_nb.preflight import check_run, try_batch
 from sft_nb.watch import live_plot, plot_losses, sample_answers, tensorboard, weights_and_biases
-from sft_nb.preflight import preflight, try_batch
 
 FORK = multiprocessing.get_context('fork')
 LLAMA = dict(family='llama', vocab_size=31, n_layers=3, width=32, n_heads=4, n_kv_heads=2, head_dim=8, mlp_width=48, max_length=64, tied=True)
@@ -288,8 +289,9 @@ def test_the_best_weights_are_those_of_a_logged_validation(tmp_path, when):
     cfg, folder, model = replace(CFG, save_every=10), tmp_path/'run', tiny()
     data = DATA[0], DATA[0][:6]  # seen rows become ever better
     def die():
-        keep = Run.keep_best
-        if when=='before_it_is_kept': Run.keep_best = lambda run: kill() if run.step == 15 else keep(run)
+        keep = run_module.keep_best
+        if when=='before_it_is_kept':
+            run_module.keep_best = lambda plan, state: kill() if state.step == 15 else keep(plan, state)
         train(tiny(), *data, cfg, folder, hooks=[lambda e, m: kill() if e.step == 17 else None], say=quiet)
     p = FORK.Process(target=die)
     p.start()
@@ -417,16 +419,16 @@ def test_a_batch_that_does_not_fit_is_a_finding(monkeypatch):
     def full(*_): raise torch.OutOfMemoryError('CUDA out of memory')
     model = tiny()
     before = bits(model)
-    monkeypatch.setattr(preflight_module, 'accumulate', full)
+    monkeypatch.setattr(preflight, 'accumulate', full)
     for size, cure in (8, 'micro_batch_size=4'), (1, 'recompute=True'):
-        found = preflight(model, DATA[0], DATA[1], TrainConfig(dtype='bfloat16', batch_size=size), stop_ids=range(31))
-        with pytest.raises(InputError, match=f'memory: {size} rows at once do not fit .* {cure}'): found.check()
+        found = check_run(model, DATA[0], DATA[1], TrainConfig(dtype='bfloat16', batch_size=size), stop_ids=range(31))
+        with pytest.raises(InputError, match=f'memory: {size} rows at once do not fit .* {cure}'): found.raise_if_bad()
     assert bits(model) == before and model.embed.weight.dtype == torch.float32
 
 
 def test_the_trial_recomputes_where_the_run_does(monkeypatch):
-    seen, real = [], preflight_module.accumulate
-    monkeypatch.setattr(preflight_module, 'accumulate', lambda model, *a: seen.append(model.shortcuts.recompute) or real(model, *a))
+    seen, real = [], preflight.accumulate
+    monkeypatch.setattr(preflight, 'accumulate', lambda model, *a: seen.append(model.shortcuts.recompute) or real(model, *a))
     model = tiny()
     for recompute in (False, True): try_batch(model, DATA[0][:4], TrainConfig(dtype='float32', recompute=recompute), 1)
     assert seen == [False, True] and not model.shortcuts.recompute
