@@ -169,7 +169,7 @@ def _compare(args):
 # %% ../nbs/07a_cli.ipynb #66bda9c2
 def _inspect(args):
     "Show what training would see: the receipt and the first rows token by token"
-    from sft_nb.job import encode_part, longest_row, prepare # torch is not for a quick --help
+    from sft_nb.job import encode_part, row_limit, prepare # torch is not for a quick --help
     from sft_nb.lint import count_findings, find_leaks, lint_records # nor is numpy
     from sft_nb.rows import view_record # nor are its neighbours
     data = getattr(args, 'data', None)
@@ -186,7 +186,7 @@ def _inspect(args):
     print(f'receipt   {encode_part(job, job.split.train, cfg).receipt}')
     for record in job.split.train[:args.rows]:
         print(view_record(record, job.template, job.loaded.tokenizer, loss_on=cfg.loss_on,
-                          max_length=longest_row(job, cfg), over_long=cfg.over_long))
+                          max_length=row_limit(job, cfg), over_long=cfg.over_long))
 
 # %% ../nbs/07a_cli.ipynb #619e1e51
 def _read_line():

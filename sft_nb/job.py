@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['new_folder', 'JobConfig', 'Job', 'read_data', 'choose_template', 'fit_vocabulary', 'open_model', 'prepare',
-           'longest_row', 'encode_part', 'check_questions', 'answer_part', 'run_settings', 'check_same_run',
-           'check_job', 'Stopped', 'train_job', 'tune_job', 'run_job', 'score_lines', 'judge_lines']
+           'row_limit', 'encode_part', 'check_questions', 'answer_part', 'run_settings', 'check_same_run', 'check_job',
+           'Stopped', 'train_job', 'tune_job', 'run_job', 'score_lines', 'judge_lines']
 
 # %% ../nbs/07_job.ipynb #b956bf37
 import os
@@ -165,7 +165,7 @@ def prepare(
     return Job(source, split, *open_model(cfg, say))
 
 # %% ../nbs/07_job.ipynb #fa2f3e44
-def longest_row(
+def row_limit(
     job:Job, # What the run works with
     cfg:JobConfig, # `max_length` counts
 )->int: # Ids
@@ -181,7 +181,7 @@ def encode_part(
     "A part of the data as ids, raising `InputError` for rows that cannot be learned"
     return InstructionDataset(
         records, job.loaded.tokenizer, job.template, cfg.loss_on, cfg.prompt_weight,
-        max_length=longest_row(job, cfg), over_long=cfg.over_long)
+        max_length=row_limit(job, cfg), over_long=cfg.over_long)
 
 # %% ../nbs/07_job.ipynb #83c29286
 def check_questions(
