@@ -17,8 +17,9 @@ from sft_nb.lora import (
 from sft_nb.adapters import load_adapter, quantize_base, save_adapter
 from sft_nb.sampling import Stops
 from sft_nb.generation import generate
-from sft_nb.steps import TrainConfig, World, describe_run
-from sft_nb.run import Run, train
+from sft_nb.settings import TrainConfig, describe_run
+from sft_nb.steps import RunPlan, World
+from sft_nb.run import train
 
 transformers, peft = pytest.importorskip('transformers'), pytest.importorskip('peft')
 torch.set_num_threads(1)
@@ -261,7 +262,7 @@ def test_training_on_a_4_bit_base(tmp_path, dtype):
     for got, want in zip(values(whole), values(ours)): torch.testing.assert_close(got, want, atol=0, rtol=0)
     assert merge_lora(whole) < 1e-4
     with pytest.raises(InputError, match='shard=False'):
-        Run(packed(), rows, rows[:3], TrainConfig(shard=True), None, (), print, World(0, 2))
+        RunPlan(packed(), rows, rows[:3], TrainConfig(shard=True), world=World(0, 2))
 
 
 def test_a_4_bit_base_stays_so_in_another_precision(family):

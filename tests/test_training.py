@@ -25,11 +25,12 @@ from sft_nb.model import ModelConfig
 from sft_nb.decoder import Decoder
 from sft_nb.lora import LoraConfig, add_lora
 from sft_nb.optimizer import FlatAdamW
-from sft_nb.steps import (
-    StepLog, TrainConfig, ValLog, accumulate, load_log, micro_batches, processes, run_bytes, validate)
-from sft_nb.run import Run, train
-from sft_nb.watch import live_plot, plot_losses, sample_answers, tensorboard, weights_and_biases
+from sft_nb.settings import StepLog, TrainConfig, ValLog, load_log, run_bytes
+from sft_nb.steps import accumulate, micro_batches, processes, validate
+from sft_nb import run as run_module
+from sft_nb.run import train
 from sft_nb.preflight import check_run, try_batch
+from sft_nb.watch import live_plot, plot_losses, sample_answers, tensorboard, weights_and_biases
 
 FORK = multiprocessing.get_context('fork')
 LLAMA = dict(family='llama', vocab_size=31, n_layers=3, width=32, n_heads=4, n_kv_heads=2, head_dim=8, mlp_width=48, max_length=64, tied=True)
@@ -288,8 +289,9 @@ def test_the_best_weights_are_those_of_a_logged_validation(tmp_path, when):
     cfg, folder, model = replace(CFG, save_every=10), tmp_path/'run', tiny()
     data = DATA[0], DATA[0][:6]  # seen rows become ever better
     def die():
-        keep = Run.keep_best
-        if when=='before_it_is_kept': Run.keep_best = lambda run: kill() if run.step == 15 else keep(run)
+        keep = run_module.keep_best
+        if when=='before_it_is_kept':
+            run_module.keep_best = lambda plan, state: kill() if state.step == 15 else keep(plan, state)
         train(tiny(), *data, cfg, folder, hooks=[lambda e, m: kill() if e.step == 17 else None], say=quiet)
     p = FORK.Process(target=die)
     p.start()

@@ -22,7 +22,7 @@ from bench_training import BATCH, ROOT, prepare, read_rows
 
 WITHOUT = {
     'everything': 'padded rectangle, all logits, autograd only',
-    'shared preamble': 'each row computes the preamble again',
+    'shared prefix': 'each row computes the prefix again',
     'ends at targets': 'the last block and the head compute every position',
     'derivatives by hand': "autograd's derivatives and torch's own products",
     "oneDNN's products": 'float32 products by the library torch prefers',
@@ -79,22 +79,25 @@ def child(a):
     import sft_nb.steps as T
     from sft_nb.rows import Example
     from sft_nb.loading import load_model
+    from sft_nb.settings import TrainConfig
     train = [Example(i, l, 'row') for i,l in read_rows(a.work)[0]]
     model = load_model(a.work/'smollm2').model
-    run = R.Run(model, train, (), T.TrainConfig(lr=2e-5, batch_size=BATCH, warmup=0, dtype=a.child), None, (), print, T.World())
-    run.begin(getattr(torch, a.child))
+    cfg = TrainConfig(lr=2e-5, batch_size=BATCH, warmup=0, dtype=a.child)
+    plans = {share: T.RunPlan(model, train, cfg=replace(cfg, share_prefix=share)) for share in (True, False)}
+    plan, state = plans[True], R.begin_run(plans[True], getattr(torch, a.child))
     model.train()
-    cfg, cuts, loss, onednn, hooks, attend = run.cfg, model.shortcuts, T.batch_loss, K._onednn, [], A.attend_rows
-    slow_step, slow_attend = tensor_by_tensor(run.optimizer), repeated_keys(A.Attend)
+    cuts, loss, onednn, hooks, attend = model.shortcuts, T.batch_loss, K._onednn, [], A.attend_rows
+    slow_step, slow_attend = tensor_by_tensor(state.optimizer), repeated_keys(A.Attend)
     off = {'ends at targets': dict(ends_at_targets=False), 'derivatives by hand': dict(by_hand=False), 'rows of like length': dict(min_saving=math.inf),
            'one gradient of the table': dict(one_gradient=False), 'few shapes': dict(round_to=1), 'keeping activations': dict(recompute=True)}
     def set_up(name):
+        nonlocal plan
         model.shortcuts, T.batch_loss, K._onednn = replace(cuts, **off.get(name, {})), loss, onednn and name!="oneDNN's products"
-        run.cfg = replace(cfg, share_prefix=name!='shared preamble')
+        plan = plans[name!='shared prefix']
         if name=='everything': T.batch_loss = lambda model, batch, *_: (D.naive_loss(model, batch), batch.n_targets)
         A.attend_rows = slow_attend if name=='grouped attention' else attend
-        run.optimizer.__dict__.pop('step', None)
-        if name=='flat AdamW': run.optimizer.step = slow_step
+        state.optimizer.__dict__.pop('step', None)
+        if name=='flat AdamW': state.optimizer.step = slow_step
         while hooks: hooks.pop().remove()
         if name=='gradients in place': hooks.extend(p.register_hook(lambda g: g) for p in model.parameters()) # somebody else wants to see them
     names = [None, *(n for n in WITHOUT if a.child=='float32' or 'oneDNN' not in n)]
@@ -104,7 +107,7 @@ def child(a):
         for n in (names if b%2 else names[::-1]):
             set_up(n)
             begun = time.perf_counter()
-            run.make_step()
+            R.make_step(plan, state)
             if b: secs[n].append(time.perf_counter()-begun)
     ratios = {n: [x/y for x,y in zip(secs[n], secs[None])] for n in names[1:]}
     print('RESULT '+json.dumps(dict(dtype=a.child, step_secs=statistics.median(secs[None]),

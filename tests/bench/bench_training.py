@@ -107,8 +107,8 @@ def run_ours(folder, row, n_steps, threads):
     import torch
     from sft_nb.rows import Example
     from sft_nb.loading import load_model
-    from sft_nb.steps import TrainConfig, World, block_options, validate
-    from sft_nb.run import Run
+    from sft_nb.settings import TrainConfig
+    from sft_nb.steps import RunPlan, block_options, validate
     train, val = ([Example(i, l, 'row') for i,l in part] for part in read_rows(folder, row.get('gpt2')))
     model = load_model(folder/('gpt2' if row.get('gpt2') else 'smollm2')).model
     if row.get('lora'):
@@ -117,19 +117,19 @@ def run_ours(folder, row, n_steps, threads):
     cfg = TrainConfig(lr=LR, epochs=n_steps/math.ceil(len(train)/BATCH), batch_size=BATCH, schedule='linear', warmup=0, seed=SEED, dtype=row['dtype'],
         compile=row.get('compile', False))
     base = validate(model, val)
-    import sft_nb.run as T
-    T.step_rows = lambda step, n, cfg: list(range(step*BATCH, min(n, (step+1)*BATCH)))  # the rows are in order already
-    run, clock = Run(model, train, (), cfg, None, (), print, World()), Clock()
-    run.begin(getattr(torch, row['dtype']))
+    import sft_nb.run as R
+    R.step_rows = lambda step, n, cfg: list(range(step*BATCH, min(n, (step+1)*BATCH)))  # the rows are in order already
+    plan, clock = RunPlan(model, train, cfg=cfg), Clock()
+    state = R.begin_run(plan, getattr(torch, row['dtype']))
     model.train()
     clock.tick()
     with block_options(model, cfg):
         for _ in range(n_steps):
-            run.make_step()
+            R.make_step(plan, state)
             clock.tick()
     peak = peak_gib()
-    run.optimizer.finish()
-    return clock, [s.loss for s in run.log.steps], base, validate(model, val), peak
+    state.optimizer.finish()
+    return clock, [s.loss for s in state.log.steps], base, validate(model, val), peak
 
 
 def hf_validate(model, val, gpt2=False):
