@@ -52,7 +52,7 @@ class InstructionDataset:
         no_target:str = 'raise', # 'raise' or 'drop': what to do with a row in which nothing is learned
     ):
         read_now = isinstance(data, (str, Path)) and (template is None or str(data)=='-')
-        self.data = load_records(data) if read_now else data
+        self.data:Any = load_records(str(data)) if read_now else data
         self.tokenizer = as_tokenizer(tokenizer)
         self.receipt:Receipt|None = None
         choices:Any = dict(loss_on=loss_on, max_length=max_length, over_long=over_long, no_target=no_target)

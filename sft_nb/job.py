@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['new_folder', 'JobConfig', 'Job', 'read_data', 'choose_template', 'fit_vocabulary', 'open_model', 'prepare',
-           'longest_row', 'encode_part', 'check_questions', 'answer_part', 'run_settings', 'check_same_run',
-           'check_job', 'Stopped', 'train_job', 'tune_job', 'run_job', 'score_lines', 'judge_lines']
+           'row_limit', 'encode_part', 'answer_part', 'Stopped', 'tune_job', 'run_job', 'score_lines', 'judge_lines']
 
 # %% ../nbs/07_job.ipynb #b956bf37
 import os
@@ -165,7 +164,7 @@ def prepare(
     return Job(source, split, *open_model(cfg, say))
 
 # %% ../nbs/07_job.ipynb #fa2f3e44
-def longest_row(
+def row_limit(
     job:Job, # What the run works with
     cfg:JobConfig, # `max_length` counts
 )->int: # Ids
@@ -181,10 +180,10 @@ def encode_part(
     "A part of the data as ids, raising `InputError` for rows that cannot be learned"
     return InstructionDataset(
         records, job.loaded.tokenizer, job.template, cfg.loss_on, cfg.prompt_weight,
-        max_length=longest_row(job, cfg), over_long=cfg.over_long)
+        max_length=row_limit(job, cfg), over_long=cfg.over_long)
 
 # %% ../nbs/07_job.ipynb #83c29286
-def check_questions(
+def _check_questions(
     job:Job, # What the run works with
     records:Sequence[Record], # Records to answer
     cfg:JobConfig, # `max_new` counts
@@ -203,7 +202,7 @@ def answer_part(
     say:Callable = print, # Where progress goes
 )->list: # Rows of the responses file
     "Answer `records` greedily, batch by batch, into a file"
-    check_questions(job, records, cfg)
+    _check_questions(job, records, cfg)
     loaded = job.loaded
     template = job.template
     started = time.perf_counter()
@@ -220,7 +219,7 @@ def answer_part(
 _KEPT = ('split_seed', 'drop_broken', 'loss_on', 'prompt_weight', 'max_length', 'over_long', 'lora')
 
 
-def run_settings(
+def _run_settings(
     job:Job, # What the run works with
     cfg:JobConfig, # All choices
 )->dict: # Plain values; `config` holds those of `TrainConfig`
@@ -230,9 +229,9 @@ def run_settings(
     return base | {name: getattr(cfg, name) for name in _KEPT} | {'config': asdict(cfg.train)}
 
 # %% ../nbs/07_job.ipynb #82a78198
-def check_same_run(
+def _check_same_run(
     out:Path, # Run folder
-    settings:dict, # From `run_settings`
+    settings:dict, # From `_run_settings`
 )->None:
     "Raise `InputError` if `out` holds a model that was made with other settings"
     if not (out/'model').exists(): return
@@ -254,14 +253,14 @@ def _check_decay(job, cfg):
         'leave it out, or train all weights without --lora')
 
 # %% ../nbs/07_job.ipynb #82552440
-def check_job(
+def _check_job(
     job:Job, # What the run works with; with `cfg.lora` its model gets adapters that change nothing yet
     cfg:JobConfig, # All choices
     say:Callable = print, # Where progress goes
 )->tuple[InstructionDataset, InstructionDataset]: # Rows to train on, rows to validate on
     "Encode the rows and look at everything that can be looked at before training, raising `InputError`"
     out = Path(cfg.out)
-    check_same_run(out, run_settings(job, cfg))
+    _check_same_run(out, _run_settings(job, cfg))
     rows:Any = encode_part(job, job.split.train, cfg)
     val_rows:Any = encode_part(job, job.split.val, cfg)
     say(f'rows      {rows.receipt}')
@@ -296,13 +295,13 @@ def _tune(job, checked, cfg, say):
     if cfg.lora:
         largest = merge_lora(model)
         say(f'adapter   merged into the weights; the largest difference of a logit is {largest:.1e}')
-    meta = run_settings(job, cfg) | {'validation_loss': [log.vals[0].loss, log.vals[-1].loss]}
+    meta = _run_settings(job, cfg) | {'validation_loss': [log.vals[0].loss, log.vals[-1].loss]}
     save_model(out/'model', model, job.loaded.tokenizer, job.template, meta)
 
 # %% ../nbs/07_job.ipynb #dd79a4d4
-def train_job(
+def _train_job(
     job:Job, # What the run works with; its model becomes the tuned one
-    checked:tuple, # What `check_job` returned
+    checked:tuple, # What `_check_job` returned
     cfg:JobConfig, # All choices
     say:Callable = print, # Where progress goes
 )->TrainLog: # What happened
@@ -327,7 +326,7 @@ def tune_job(
     "Tune a model on a file of records: `tune_job(JobConfig(data='my.json', out='runs/mine'))`"
     new_folder(cfg.out, resume=cfg.resume)
     job = prepare(cfg, say)
-    train_job(job, check_job(job, cfg, say), cfg, say)
+    _train_job(job, _check_job(job, cfg, say), cfg, say)
     return Path(cfg.out)/'model'
 
 # %% ../nbs/07_job.ipynb #e59edc05
@@ -348,13 +347,13 @@ def run_job(
     judge = cfg.judge
     if judge: open_judge(lambda _: [], judge, cfg.judging.protocol) # is it there?
     job = prepare(cfg, say)
-    settings = run_settings(job, cfg)
-    check_questions(job, job.split.test, cfg)
-    checked = check_job(job, cfg, say)
+    settings = _run_settings(job, cfg)
+    _check_questions(job, job.split.test, cfg)
+    checked = _check_job(job, cfg, say)
     out.mkdir(parents=True, exist_ok=True)
     files = {'before': out/'responses-before.json', 'after': out/'responses.json'}
     answer_part(job, job.split.test, files['before'], cfg, say)
-    log = train_job(job, checked, cfg, say)
+    log = _train_job(job, checked, cfg, say)
     answer_part(job, job.split.test, files['after'], cfg, say)
     before, after = (load_answers(file) for file in files.values())
     facts = _run_facts(cfg, settings, log)

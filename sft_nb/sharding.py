@@ -21,6 +21,7 @@ from .basics import InputError
 from .decoder import Decoder
 from .optimizer import FlatAdamW, check_decay, windows
 from .checkpoints import open_part, read_tensors, seal_part, writing
+from .optimizer import Optimizer
 
 # %% ../nbs/05c_sharding.ipynb #0a63540d
 def shard_model(
@@ -182,7 +183,7 @@ def _fill_parts(path, optimizer, kinds):
 # %% ../nbs/05c_sharding.ipynb #7f36862e
 def read_state(
     path:Path, # A checkpoint, written by one process or by many
-    optimizer:FlatAdamW|ShardedAdamW, # Its tensors are overwritten
+    optimizer:Optimizer, # Its tensors are overwritten
     kinds:tuple=('master', 'mean', 'square'), # Which of them
 ):
     "Fill `optimizer` from a checkpoint; a model that is divided computes with the new weights from then on"
