@@ -149,7 +149,7 @@ def read_more(
     if calls: more['tool_calls'] = calls
     said = [key for key in ('tool_calls', *THOUGHT_KEYS) if key in more]
     if said and role!='assistant':
-        raise InputError(f"{where}: {said[0]!r} belongs to the assistant, got role {role!r}; mend the turn")
+        raise InputError(f'{where}: {said[0]!r} belongs to the assistant, got role {role!r}; mend the turn')
     return more or None
 
 # %% ../nbs/00_calls.ipynb #a0b21ce8
