@@ -1,4 +1,4 @@
-"""Teach a pretrained language model to follow instructions: the names of `FACE`, each loaded when it is first asked for"""
+"""Teach a pretrained model to follow instructions: the names of `FACE`, each loaded when it is asked for"""
 __version__ = "0.1.0"
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING: # what editors and type checkers see; a test compares it with 
     from .collate import custom_collate_fn as custom_collate_fn
     from .loaders import make_loaders as make_loaders
     from .model import ModelConfig as ModelConfig
-    from .steps import TrainConfig as TrainConfig, load_log as load_log
+    from .settings import TrainConfig as TrainConfig, load_log as load_log
     from .preflight import check_run as check_run
     from .run import train as train
     from .watch import plot_losses as plot_losses
@@ -30,6 +30,9 @@ if TYPE_CHECKING: # what editors and type checkers see; a test compares it with 
     from .responses import load_responses as load_responses, save_responses as save_responses
     from .scores import score_responses as score_responses
     from .comparison import compare_scores as compare_scores
+    from .server import Server as Server
+    from .judge import judge_file as judge_file
+    from .job import JobConfig as JobConfig, run_job as run_job
     from .basics import InputError as InputError
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ChatTemplate', 'get_template', 'template_names', 'as_jinja', 'save_template', 'named_tokens', 'load_template']
 
-# %% ../nbs/01a_chat.ipynb #80d0426e
+# %% ../nbs/01a_chat.ipynb #832e8e4e
 import datetime, json, os, re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -17,6 +17,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from .basics import InputError, load_json, near_misses, read_text, save_json, shorten, write_atomic
 from .data import Message, Record
+from .marks import cut_turns, is_rich, turn_of
 from .templates import PLACES, TEXT_TEMPLATES, Segment, Template, TextTemplate, tidy_segments
 
 # %% ../nbs/01a_chat.ipynb #6c168fce
@@ -87,26 +88,25 @@ class ChatTemplate(Template):
         used = {k: v for k, v in self.special if k in self.jinja}
         return ['chat', self.jinja, used, self.stop, self.date if 'strftime_now' in self.jinja else '']
 
-    def render(self, messages:Sequence[Message], where:str, *, ask:bool=False)->str: # One text
+    def render(self, messages:Sequence[Message], where:str, *, ask:bool=False, tools:Any=None)->str: # Text
         "The text of `messages`, with the beginning of an answer after it if `ask`"
-        return _render(self, messages, where, ask)
+        return _render(self, messages, where, ask, tools)
 
     def prompt(self, messages:Sequence[Message], record:Record)->list: # `Segment`s
         "The pieces in front of an answer"
-        printed = _print(self, messages, record.where, ask=True)
-        return tidy_segments(_fill(printed, None) or _cut_prompt(printed))
+        return _cut_any(self, messages, record, None)
 
     def answer(self, messages:Sequence[Message], asked:str, record:Record)->list: # `Segment`s
         "The pieces of an answer"
-        printed = _print(self, messages, record.where, ask=False)
-        return tidy_segments(_fill(printed, asked) or _cut_answer(printed, asked))
+        return _cut_any(self, messages, record, asked)
 
 # %% ../nbs/01a_chat.ipynb #86e2cf02
-def _render(template, messages, where, ask):
+def _render(template, messages, where, ask, tools=None):
     "What `template` prints, raising `InputError` for whatever goes wrong in it"
-    turns = [{'role': m.role, 'content': m.content} for m in messages]
+    turns = [turn_of(m, template.jinja) for m in messages]
     program = _compile_jinja(template.jinja)
-    try: return program.render(template._variables, messages=turns, add_generation_prompt=ask)
+    given = template._variables | {'tools': tools}
+    try: return program.render(given, messages=turns, add_generation_prompt=ask)
     except Exception as e: # any type: it is somebody else's program
         got = shorten([m.role for m in messages])
         raise InputError(f'{where}: template {template.name!r} refuses the conversation ({shorten(str(e))}), '
@@ -248,6 +248,34 @@ def _fill(printed, asked):
         filled.append(s)
     exact = (asked or '') + ''.join([s.text for s in filled])==text
     return filled if exact else None
+
+# %% ../nbs/01a_chat.ipynb #917c85d5
+def _rich_segments(template, messages, record, asked=None):
+    "Segments of a conversation with calls, thoughts or tools"
+    segments = []
+    for piece in cut_turns(template, messages, record, asked):
+        role = 'assistant' if piece.turn>=0 else piece.leaf.role if piece.leaf else 'frame'
+        turn = piece.turn if piece.turn>=0 or not piece.leaf else piece.leaf.turn
+        learn = piece.turn>=0 and messages[piece.turn].learn is not False
+        segments.append(Segment(piece.text, control=piece.leaf is None, learn=learn,
+                                role=role, turn=turn, stop=piece.is_stop))
+    return tidy_segments(segments)
+
+# %% ../nbs/01a_chat.ipynb #6e18e2bd
+def _cut_words(printed, record, asked):
+    "Segments of turns of words, after the prompt `asked` if there is one"
+    try: return _cut_prompt(printed) if asked is None else _cut_answer(printed, asked)
+    except InputError as error:
+        if not any('</think>' in m.content for m in printed.messages if m.role=='assistant'): raise
+        try: return _rich_segments(printed.template, printed.messages, record, asked)
+        except InputError: raise error from None
+
+# %% ../nbs/01a_chat.ipynb #afccc24e
+def _cut_any(template, messages, record, asked):
+    "Segments of a prompt, or of what stands after the prompt `asked`, in the shortest way that is exact"
+    if is_rich(messages, record): return _rich_segments(template, messages, record, asked)
+    printed = _print(template, messages, record.where, ask=asked is None)
+    return tidy_segments(_fill(printed, asked) or _cut_words(printed, record, asked))
 
 # %% ../nbs/01a_chat.ipynb #f057fb17
 #| code-fold: true
@@ -397,8 +425,12 @@ def _foreign_template(folder):
     for name in 'special_tokens_map.json', 'tokenizer_config.json':
         if os.path.exists(folder/name): config |= load_json(folder/name)
     source = config.get('chat_template')
-    if isinstance(source, list): source = {t['name']: t['template'] for t in source}.get('default')
+    if isinstance(source, list): source = {t['name']: t['template'] for t in source}
+    if isinstance(source, dict) and 'default' in source: source = source['default']
     if os.path.exists(folder/'chat_template.jinja'): source = read_text(folder/'chat_template.jinja')
+    if isinstance(source, dict):
+        raise InputError(f"{folder}: has several chat templates and none of them is 'default', got "
+                         f'{shorten(list(source))}; save the one you mean as chat_template.jinja')
     if not isinstance(source, str):
         raise FileNotFoundError(f'{folder}: has no chat template; choose one by its name')
     return ChatTemplate(folder.name, source, tuple(sorted(named_tokens(config).items())))

@@ -6,22 +6,26 @@
 __all__ = ['FORMATS', 'Message', 'Record', 'text_field', 'check_format', 'read_record', 'as_records', 'summarize_records',
            'Split', 'split_sizes', 'split_in_order', 'prompt_key']
 
-# %% ../nbs/00_data.ipynb #7ba8cd3f
+# %% ../nbs/00_data.ipynb #720fe607
 import json, re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 from .basics import InputError, fingerprint, near_misses, shorten
+from .calls import (
+    BESIDE, joined_parts, parsed_field, read_history, read_mark, read_more, read_system, read_tools,
+    unread_keys, wrapped_calls)
 
 # %% ../nbs/00_data.ipynb #a834e9ae
 @dataclass(frozen=True, slots=True)
 class Message:
     "One turn of a conversation"
-    role:str # 'system', 'user' or 'assistant'
+    role:str # 'system', 'user', 'assistant' or 'tool'
     content:str # The text of the turn, unchanged
     learn:bool|None = None # Learn this answer? None: the training stage decides
+    more:dict|None = field(default=None, hash=False) # Calls, thoughts and names, as `read_more` gives them
 
 # %% ../nbs/00_data.ipynb #72e67263
 @dataclass(frozen=True, slots=True)
@@ -31,11 +35,13 @@ class Record:
     raw:dict = field(hash=False) # The file's own dictionary, extra fields included
     fmt:str = 'messages' # Which format `raw` has
     where:str = 'record' # Address for error messages, such as "x.json record 3"
+    tools:list|None = field(default=None, hash=False) # What the assistant may call
 
     @property
     def id(self)->str: # 16 hex digits
-        "A name that depends on the roles and contents only"
-        turns = [[m.role, m.content] for m in self.messages]
+        "A name that depends on what is said and on the tools only"
+        turns:list = [[m.role, m.content, m.more] if m.more else [m.role, m.content] for m in self.messages]
+        if self.tools: turns.append(self.tools)
         return fingerprint(json.dumps(turns, ensure_ascii=False))
 
     @property
@@ -46,12 +52,13 @@ class Record:
     @property
     def input(self)->str: # Text, perhaps empty
         "What to do it to; empty in every format but Alpaca's"
-        return (self.raw.get('input') or '') if self.fmt=='alpaca' else ''
+        if self.fmt!='alpaca': return ''
+        return self.raw.get('input') or self.raw.get('context') or ''
 
     @property
     def output(self)->str: # Text, perhaps empty
         "The wanted answer; in a chat format, the assistant's only turn"
-        return self._only('assistant')
+        return (self.raw.get('output') or '') if self.fmt=='alpaca' else self._only('assistant')
 
     def _only(self, role):
         found = [m.content for m in self.messages if m.role==role]
@@ -78,7 +85,7 @@ def text_field(
         raise InputError(f'{where}: {name!r} holds half a surrogate pair, got {got}; repair the text')
     return value
 
-# %% ../nbs/00_data.ipynb #da009823
+# %% ../nbs/00_data.ipynb #46ad191d
 def _read_alpaca(
     raw:dict, # A record with 'instruction', 'output' and perhaps 'input'
     where:str, # Address for error messages
@@ -88,45 +95,47 @@ def _read_alpaca(
     instruction = text_field(raw, 'instruction', where)
     typo = [] if 'input' in raw else get_close_matches('input', raw, n=1, cutoff=0.8)
     if typo: raise InputError(f"{where}: field {typo[0]!r} is not read; did you mean 'input'?")
-    given = text_field(raw, 'input', where) if raw.get('input') is not None else ''
+    name = 'input' if raw.get('input') or 'context' not in raw else 'context'
+    given = text_field(raw, name, where) if raw.get(name) is not None else ''
     user = Message('user', f'{instruction}\n\n{given}' if given else instruction)
-    if not need_answer and 'output' not in raw: return (user,)
-    return user, Message('assistant', text_field(raw, 'output', where))
+    before = read_history(raw, where) if 'history' in raw else ()
+    said = [Message(role, text) for pair in before for role, text in zip(('user', 'assistant'), pair)]
+    if not need_answer and 'output' not in raw: return (*said, user)
+    return *said, user, Message('assistant', text_field(raw, 'output', where))
 
-# %% ../nbs/00_data.ipynb #83ab387f
-def _joined_parts(parts, where):
-    "The text of a content that comes in parts"
-    for part in parts:
-        if not isinstance(part, dict) or part.get('type')!='text':
-            got = shorten(part)
-            raise InputError(f"{where}: only parts of type 'text' can be read, got {got}; drop the record")
-    return ''.join(text_field(part, 'text', where) for part in parts)
-
-# %% ../nbs/00_data.ipynb #933eee4d
+# %% ../nbs/00_data.ipynb #98e68159
 _ROLES = {'system': 'system', 'developer': 'system', 'user': 'user', 'human': 'user',
           'assistant': 'assistant', 'gpt': 'assistant', 'chatgpt': 'assistant', 'model': 'assistant',
-          'bot': 'assistant'}
+          'bot': 'assistant', 'function_call': 'assistant', 'tool_call': 'assistant', 'tool': 'tool',
+          'function': 'tool', 'observation': 'tool', 'tool_response': 'tool'}
 
+# %% ../nbs/00_data.ipynb #eb8f3cf4
+def _read_words(raw, key, more, where):
+    "The text of a turn under `key`; none is needed where there is `more` to learn, which then notes it"
+    words = raw.get(key)
+    if isinstance(words, list) and words: return joined_parts(words, where)
+    if words is not None or 'tool_calls' not in more: return text_field(raw, key, where)
+    more |= {'content': None} if key in raw else {'no_content': True} # some templates print these differently
+    return ''
 
+# %% ../nbs/00_data.ipynb #933eee4d
 def _read_message(
     raw:Any, # One entry of a conversation
     role_key:str, # Field with the role, 'role' or 'from'
     text_key:str, # Field with the text, 'content' or 'value'
     where:str, # Address for error messages
 )->Message: # The checked turn
-    "One `Message` of a conversation, its role mapped to one of the three we know"
+    "One `Message` of a conversation, its role mapped to one of the four we know"
     if not isinstance(raw, dict):
         raise InputError(f'{where}: a turn must be an object, got {shorten(raw)}; give it a role and a text')
     role = text_field(raw, role_key, where)
     if role not in _ROLES:
         raise InputError(f'{where}: unknown {role_key} {shorten(role)}; {near_misses(role, _ROLES)}')
-    parts = raw.get(text_key)
-    has_parts = isinstance(parts, list) and parts
-    text = _joined_parts(parts, where) if has_parts else text_field(raw, text_key, where)
-    weight = raw.get('weight')
-    if weight not in (None, 0, 1):
-        raise InputError(f"{where}: 'weight' must be 0 or 1, got {shorten(weight)}; mend it")
-    return Message(_ROLES[role], text, None if weight is None else bool(weight))
+    more = read_more(raw, _ROLES[role], where) or {}
+    is_call = role in ('function_call', 'tool_call')
+    if is_call: more |= {'tool_calls': wrapped_calls(raw.get(text_key), where), 'content': None}
+    text = '' if is_call else _read_words(raw, text_key, more, where)
+    return Message(_ROLES[role], text, read_mark(raw, where), more or None)
 
 # %% ../nbs/00_data.ipynb #55c0d716
 def _read_turns(
@@ -134,7 +143,8 @@ def _read_turns(
     where:str, # Address for error messages
     need_answer:bool=True, # Refuse a conversation in which the assistant says nothing?
 )->tuple[Message, ...]: # The checked turns
-    "The messages of a conversation, whichever pair of names its entries use"
+    "The messages of a conversation, whichever pair of names its entries use; a table's cell holds it as text"
+    if isinstance(turns, str) and turns.lstrip()[:1]=='[': turns = parsed_field(turns, 'messages', where)
     if not isinstance(turns, list) or not turns:
         got = shorten(turns)
         raise InputError(f'{where}: the conversation must be a list of turns, got {got}; add its turns')
@@ -176,7 +186,7 @@ def _read_prompt(
     prompt:tuple[Message, ...]
     if isinstance(raw['prompt'], list):
         asked = _read_turns(raw['prompt'], where, need_answer=False)
-        prompt = tuple(Message(m.role, m.content, False if m.role=='assistant' else m.learn) for m in asked)
+        prompt = tuple(replace(m, learn=False) if m.role=='assistant' else m for m in asked)
     else: prompt = (Message('user', text_field(raw, 'prompt', where)),)
     if not need_answer and 'completion' not in raw: return prompt
     if isinstance(raw.get('completion'), list): return prompt + _read_turns(raw['completion'], where)
@@ -211,6 +221,15 @@ def check_format(
     if fmt is not None and fmt not in FORMATS:
         raise InputError(f'fmt: unknown format {fmt!r}; {near_misses(fmt, FORMATS)}')
 
+# %% ../nbs/00_data.ipynb #208e8686
+def _said_first(raw, messages, where):
+    "`messages` with the system prompt that stands beside them in front"
+    words = read_system(raw, where)
+    if not words: return messages
+    if messages[0].role!='system': return Message('system', words), *messages
+    got = shorten(messages[0].content)
+    raise InputError(f"{where}: has a 'system' field and a system turn, got {got}; keep one of them")
+
 # %% ../nbs/00_data.ipynb #9fa79ddf
 def read_record(
     raw:Any, # One entry of a file
@@ -225,9 +244,12 @@ def read_record(
     check_format(fmt)
     fmt = fmt or _find_format(raw, where)
     telling, reader = FORMATS[fmt]
-    if telling in raw: return Record(reader(raw, where, need_answer), raw, fmt, where)
-    raise InputError(f'{where}: field {telling!r} is missing (the set is in {fmt!r} format), '
-                     f'got fields {shorten(list(raw))}; add it to the record')
+    if telling not in raw:
+        raise InputError(f'{where}: field {telling!r} is missing (the set is in {fmt!r} format), '
+                         f'got fields {shorten(list(raw))}; add it to the record')
+    messages = reader(raw, where, need_answer)
+    if BESIDE.isdisjoint(raw): return Record(messages, raw, fmt, where)
+    return Record(_said_first(raw, messages, where), raw, fmt, where, read_tools(raw, where))
 
 # %% ../nbs/00_data.ipynb #3a9f1f8a
 def as_records(
@@ -260,6 +282,8 @@ def summarize_records(
     n_turns = sum(len(r.messages) for r in records)
     lines = [f'records in {formats} format: {len(records):,}, with {n_turns:,} turns; answers have '
              f'{chars[0]} to {chars[-1]:,} characters, median {chars[len(chars)//2]}']
+    unread = Counter(key for r in records for key in unread_keys(r.raw, r.fmt))
+    if unread: lines.append('fields not read: ' + ', '.join(f'{key} ({n:,})' for key, n in unread.items()))
     if dropped: lines.append(f'records dropped: {len(dropped)}, among them')
     return '\n'.join(lines + [f'  {message}' for message in (dropped or [])[:3]])
 

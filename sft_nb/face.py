@@ -9,7 +9,7 @@ __all__ = ['FACE', 'load_name']
 from importlib import import_module
 from typing import Any
 
-# %% ../nbs/07b_face.ipynb #fe7bda85
+# %% ../nbs/07b_face.ipynb #2ac77fdc
 FACE = {
     'load_records': ('readers', "records = sft_nb.load_records('my.json')"),
     'split_records': ('split', 'split = sft_nb.split_records(records)'),
@@ -18,15 +18,16 @@ FACE = {
     'get_template': ('chat', "template = sft_nb.get_template('alpaca')"),
     'load_model': ('loading', "loaded = sft_nb.load_model('some-model')"),
     'view_record': ('rows', 'sft_nb.view_record(records[0], template, loaded.tokenizer)'),
-    'InstructionDataset': ('dataset', 'train_rows = sft_nb.InstructionDataset(split.train, loaded.tokenizer, template)'),
+    'InstructionDataset': ('dataset', 'train_rows = sft_nb.InstructionDataset(split.train, loaded.tokenizer, '
+                                      'template)'),
     'wrong_rows': ('audit', 'assert sft_nb.wrong_rows(train_rows) == []'),
     'custom_collate_fn': ('collate', 'inputs, targets = sft_nb.custom_collate_fn(train_rows[:8])'),
     'make_loaders': ('loaders', "loaders = sft_nb.make_loaders(split, 'gpt2', template='alpaca')"),
     'ModelConfig': ('model', 'assert isinstance(loaded.model.cfg, sft_nb.ModelConfig)'),
-    'TrainConfig': ('steps', 'cfg = sft_nb.TrainConfig(epochs=1, lr=1e-3)'),
+    'TrainConfig': ('settings', 'cfg = sft_nb.TrainConfig(epochs=1, lr=1e-3)'),
     'check_run': ('preflight', 'print(sft_nb.check_run(loaded.model, train_rows, cfg=cfg))'),
     'train': ('run', "log = sft_nb.train(loaded.model, train_rows, cfg=cfg, out='runs/mine')"),
-    'load_log': ('steps', "log = sft_nb.load_log('runs/mine')"),
+    'load_log': ('settings', "log = sft_nb.load_log('runs/mine')"),
     'plot_losses': ('watch', 'sft_nb.plot_losses(log)'),
     'save_model': ('saving', "sft_nb.save_model('tuned', loaded.model, loaded.tokenizer, template)"),
     'LoraConfig': ('lora', 'small = sft_nb.LoraConfig(rank=4)'),
@@ -36,13 +37,19 @@ FACE = {
     'load_adapter': ('adapters', "sft_nb.load_adapter('adapter', sft_nb.load_model('some-model').model)"),
     'Sampling': ('sampling', 'how = sft_nb.Sampling(temperature=.7, top_p=.9)'),
     'Stops': ('sampling', 'until = sft_nb.Stops(max_new=4)'),
-    'generate': ('generation', 'said = sft_nb.generate(loaded.model, loaded.tokenizer, [[5, 7], [9]], how, until)'),
-    'answer_records': ('generation', 'answers = sft_nb.answer_records(loaded.model, loaded.tokenizer, template, '
-                                     'split.test, until=until)'),
+    'generate': ('generation', 'said = sft_nb.generate(loaded.model, loaded.tokenizer, [[5, 7], [9]], '
+                               'how, until)'),
+    'answer_records': ('generation', 'answers = sft_nb.answer_records(loaded.model, loaded.tokenizer, '
+                                     'template, split.test, until=until)'),
     'save_responses': ('responses', "sft_nb.save_responses('tuned.json', split.test, answers)"),
     'load_responses': ('responses', "rows = sft_nb.load_responses('tuned.json')"),
     'score_responses': ('scores', "scores = sft_nb.score_responses('tuned.json')"),
     'compare_scores': ('comparison', 'print(sft_nb.compare_scores(scores, scores))'),
+    'Server': ('server', "judge = sft_nb.Server('http://127.0.0.1:8000/v1', 'some-judge')"),
+    'judge_file': ('judge', "judged = sft_nb.judge_file('tuned.json', toy_judge)"),
+    'JobConfig': ('job', "job = sft_nb.JobConfig(data='my.json', model='some-model', out='runs/job', "
+                         'train=cfg)'),
+    'run_job': ('job', 'print(sft_nb.run_job(job).headline.compared)'),
     'InputError': ('basics', 'assert issubclass(sft_nb.InputError, ValueError)'),
 }
 
@@ -51,6 +58,7 @@ def load_name(
     name:str, # A key of `FACE`
 )->Any: # The function or class
     "What `sft_nb.name` means, raising `AttributeError` for names that are not in `FACE`"
-    if name not in FACE: raise AttributeError(f"module 'sft_nb' has no attribute {name!r}; its names: {', '.join(FACE)}")
+    if name not in FACE:
+        raise AttributeError(f"module 'sft_nb' has no attribute {name!r}; its names: {', '.join(FACE)}")
     room, _ = FACE[name]
     return getattr(import_module(f'sft_nb.{room}'), name)

@@ -6,7 +6,7 @@
 __all__ = ['Finding', 'lint_records', 'count_findings', 'trigrams', 'similarity', 'minhash', 'NearPair', 'find_near_duplicates',
            'Leak', 'find_leaks']
 
-# %% ../nbs/00b_lint.ipynb #1204f724
+# %% ../nbs/00b_lint.ipynb #4403c756
 import math, re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .basics import Groups, InputError, shorten
+from .calls import unread_keys
 from .data import Record, as_records, prompt_key
 
 # %% ../nbs/00b_lint.ipynb #6ddbc1fd
@@ -49,13 +50,13 @@ def _lint_text(text, max_chars):
     if text!=text.strip(): yield 'outer space', shorten(text[:8]+'...'+text[-8:])
 
 # %% ../nbs/00b_lint.ipynb #75531bcb
-_UNREAD = 'system', 'system_prompt', 'history', 'context', 'tools', 'functions', 'chosen', 'rejected'
+_UNREAD = 'history', 'context', 'chosen', 'rejected'
 
 
 def _lint_whole(record):
     "Pairs of a kind of finding and what was found in the record as a whole"
     spoken = [m.role for m in record.messages if m.role!='system']
-    unread = [name for name in _UNREAD if record.raw.get(name)]
+    unread = [name for name in unread_keys(record.raw, record.fmt) if name in _UNREAD and record.raw[name]]
     *earlier, last = record.messages
     answer = last.content.strip()
     if record.input and _NOTHING.fullmatch(record.input): yield 'placeholder input', shorten(record.input)
@@ -75,7 +76,8 @@ class Finding(NamedTuple):
     def __str__(self): return f'{self.where}: {self.kind}, got {self.got}'
 
 # %% ../nbs/00b_lint.ipynb #640b143a
-_EMPTY = {'system': 'empty system message', 'user': 'empty question', 'assistant': 'empty answer'}
+_EMPTY = {'system': 'empty system message', 'user': 'empty question', 'assistant': 'empty answer',
+          'tool': 'empty tool answer'}
 
 
 def _lint_record(
@@ -86,7 +88,9 @@ def _lint_record(
     for m in record.messages:
         where = f'{record.where} {m.role}'
         for kind, got in _lint_text(m.content, max_chars): yield Finding(where, kind, got)
-        if _NOTHING.fullmatch(m.content): yield Finding(where, _EMPTY[m.role], shorten(m.content))
+        says_more = 'tool_calls' in (m.more or {})
+        if says_more or not _NOTHING.fullmatch(m.content): continue
+        yield Finding(where, _EMPTY[m.role], shorten(m.content))
     for kind, got in _lint_whole(record): yield Finding(record.where, kind, got)
 
 # %% ../nbs/00b_lint.ipynb #08858748
@@ -101,7 +105,7 @@ def lint_records(
         findings += _lint_record(r, max_chars)
         before = first.setdefault(prompt_key(r), r)
         if before is r: continue
-        same = before.messages[-1].content==r.messages[-1].content
+        same = before.messages[-1]==r.messages[-1]
         kind = 'same record again' if same else 'same prompt, other answer'
         findings.append(Finding(r.where, kind, before.where))
     return findings

@@ -219,7 +219,7 @@ def encode_rows(
     return [_make_row(*parts, loss_on) for parts in zip(records, rendered, encoded)]
 
 # %% ../nbs/01c_rows.ipynb #7336cd01
-SPEAKERS = ('frame', 'system', 'user', 'assistant') # who a segment belongs to; 'frame' is the template itself
+SPEAKERS = ('frame', 'system', 'user', 'assistant', 'tool') # whose a segment is; 'frame': the template's
 
 
 class Flat(NamedTuple):

@@ -19,8 +19,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from .basics import InputError
 from .decoder import Decoder
-from .optimizer import FlatAdamW, Optimizer, check_decay, windows
+from .optimizer import FlatAdamW, check_decay, windows
 from .checkpoints import open_part, read_tensors, seal_part, writing
+from .optimizer import Optimizer
 
 # %% ../nbs/05c_sharding.ipynb #0a63540d
 def shard_model(
@@ -182,7 +183,7 @@ def _fill_parts(path, optimizer, kinds):
 # %% ../nbs/05c_sharding.ipynb #7f36862e
 def read_state(
     path:Path, # A checkpoint, written by one process or by many
-    optimizer:Optimizer, # `FlatAdamW` or `ShardedAdamW`, whose tensors are overwritten
+    optimizer:Optimizer, # Its tensors are overwritten
     kinds:tuple=('master', 'mean', 'square'), # Which of them
 ):
     "Fill `optimizer` from a checkpoint; a model that is divided computes with the new weights from then on"

@@ -149,6 +149,15 @@ class Template:
 # %% ../nbs/01_templates.ipynb #3b2c7b27
 PLACES = re.compile(r'(\{instruction\}|\{input\})')
 
+# %% ../nbs/01_templates.ipynb #b1e9700a
+def _refuse_more(messages, record, name):
+    "Raise `InputError` where plain words would leave out a call, a thought or the tools"
+    lost = ['tools'] if record.tools else []
+    for m in messages: lost += [key for key in m.more or () if key not in ('name', 'content', 'no_content')]
+    if not lost: return
+    raise InputError(f'{record.where}: template {name!r} does not print {lost[0]!r}; use the template of '
+                     'a model that was made for it, or take it out')
+
 # %% ../nbs/01_templates.ipynb #e9a67ba4
 @dataclass(frozen=True)
 class TextTemplate(Template):
@@ -171,6 +180,7 @@ class TextTemplate(Template):
 
     def prompt(self, messages:Sequence[Message], record:Record)->list: # `Segment`s
         "The words with the record's data in their places"
+        _refuse_more(messages, record, self.name)
         if [m.role for m in messages]!=['user']:
             got = shorten([m.role for m in record.messages])
             raise InputError(f"{record.where}: template {self.name!r} holds one instruction and one answer, "
@@ -182,6 +192,7 @@ class TextTemplate(Template):
 
     def answer(self, messages:Sequence[Message], asked:str, record:Record)->list: # `Segment`s
         "The answer's own words and its end"
+        _refuse_more(messages, record, self.name)
         learn = messages[-1].learn is not False
         own:dict[str, Any] = dict(learn=learn, role='assistant', turn=len(messages)-1)
         words = Segment(messages[-1].content, control=False, **own)

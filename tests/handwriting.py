@@ -93,6 +93,15 @@ def signature_faults(node, owner, lines):
     if not return_is_described(node, lines): yield f'{name}: what it returns is not described'
 
 
+def has_reason(node, lines):
+    "Does a comment stand on the import or above it, where only imports may stand between?"
+    at = node.end_lineno-1
+    while at >= 0 and (lines[at].strip().startswith(('import ', 'from ', '#')) or at >= node.lineno-1):
+        if '#' in lines[at]: return True
+        at -= 1
+    return False
+
+
 def cell_faults(source):
     "What is wrong with one exported cell"
     tree, lines = ast.parse(source), source.split('\n')
@@ -108,10 +117,10 @@ def cell_faults(source):
             called = n.func.attr if isinstance(n.func, ast.Attribute) else getattr(n.func, 'id', '')
             flags = [a for a in n.args if isinstance(a, ast.Constant) and isinstance(a.value, bool)]
             if flags and called not in TAKES_FLAG: yield f'line {n.lineno}: positional {flags[0].value} in a call of {called}'
-        if isinstance(n, (ast.FunctionDef, ast.Lambda)) and isinstance(n, ast.FunctionDef):
-            for m in ast.walk(n):
-                if isinstance(m, (ast.Import, ast.ImportFrom)) and not ('#' in lines[m.end_lineno-1] or lines[m.lineno-2].strip().startswith('#')):
-                    yield f'line {m.lineno}: an import inside a function needs its reason in a comment'
+        if isinstance(n, ast.FunctionDef):
+            inside = [m for m in ast.walk(n) if isinstance(m, (ast.Import, ast.ImportFrom))]
+            for m in inside:
+                if not has_reason(m, lines): yield f'line {m.lineno}: an import inside a function needs its reason in a comment'
 
 
 def page_measures(path):

@@ -87,7 +87,7 @@ BROKEN = {
     'image.jsonl': (b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}',
                     "only parts of type 'text'"),
     'role.jsonl': (b'{"messages": [{"role": "assistent", "content": "a"}]}', "did you mean 'assistant'"),
-    'tool.jsonl': (b'{"messages": [{"role": "tool", "content": "a"}]}', "unknown role 'tool'"),
+    'tool.jsonl': (b'{"messages": [{"role": "narrator", "content": "a"}]}', "unknown role 'narrator'"),
     'weight.jsonl': (b'{"messages": [{"role": "assistant", "content": "a", "weight": 2}]}',
                      "'weight' must be 0 or 1, got 2"),
     'no-answer.jsonl': (b'{"messages": [{"role": "user", "content": "a"}]}', "no turn is the assistant's"),
@@ -441,7 +441,7 @@ def test_together_holds_indices_of_these_records():
 
 @pytest.mark.parametrize('kind, row', {
     'empty answer': {'output': 'N/A'}, 'empty question': {'instruction': ' ', 'input': ''},
-    'unread field': {'history': [['a', 'b']]},
+    'unread field': {'rejected': 'b'},
     'placeholder input': {'input': '<noinput>'}, 'template marker': {'output': 'x### Response: y'},
     'control character': {'output': 'a\u200bb'}, 'mojibake': {'output': 'The cafÃ© is closed.'},
     'over-long': {'input': 'x'*20_001}, 'outer space': {'output': ' cold'},

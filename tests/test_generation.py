@@ -100,7 +100,7 @@ def ragged(seed, n, longest=40, same=0):
 
 @pytest.mark.parametrize('name', CONFIGS)
 def test_families_answer_as_transformers(name, tmp_path):
-    "Ragged prompts with a common beginning, 3 rows at a time, against transformers one by one"
+    "Ragged prompts with a common prefix, 3 rows at a time, against transformers one by one"
     torch.manual_seed(5)
     theirs = transformers.AutoModelForCausalLM.from_config(CONFIGS[name](), attn_implementation='eager').eval()
     for p in theirs.parameters():

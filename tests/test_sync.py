@@ -66,3 +66,24 @@ def test_modules_import_from_another_folder(tmp_path):
         importlib.import_module(f'sft_nb.{path.stem}')
     done = run([sys.executable, '-c', 'import sft_nb.evaluation, sft_nb.run'], tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_face_is_what_type_checkers_see():
+    import ast
+    import sft_nb
+    tree = ast.parse((ROOT/'sft_nb/__init__.py').read_text(encoding='utf-8'))
+    block = next(n for n in tree.body if isinstance(n, ast.If))
+    seen = {a.asname: n.module for n in block.body for a in n.names}
+    assert seen == {name: room for name, (room, _) in sft_nb.FACE.items()}
+
+
+def test_the_face_works_from_anywhere(tmp_path):
+    done = run([sys.executable, '-c', 'import sft_nb; print(sft_nb.load_model)'], tmp_path)
+    assert done.returncode == 0 and 'function load_model' in done.stdout, done.stderr
+
+
+def test_readme_names_every_page():
+    readme = (ROOT/'README.md').read_text(encoding='utf-8')
+    pages = sorted(p.name for p in (ROOT/'nbs').glob('0*.ipynb'))
+    assert [p for p in pages if f'(nbs/{p})' not in readme] == []
+    assert [link for link in re.findall(r'\(nbs/([^)]+)\)', readme) if link not in pages] == []
