@@ -425,8 +425,12 @@ def _foreign_template(folder):
     for name in 'special_tokens_map.json', 'tokenizer_config.json':
         if os.path.exists(folder/name): config |= load_json(folder/name)
     source = config.get('chat_template')
-    if isinstance(source, list): source = {t['name']: t['template'] for t in source}.get('default')
+    if isinstance(source, list): source = {t['name']: t['template'] for t in source}
+    if isinstance(source, dict) and 'default' in source: source = source['default']
     if os.path.exists(folder/'chat_template.jinja'): source = read_text(folder/'chat_template.jinja')
+    if isinstance(source, dict):
+        raise InputError(f"{folder}: has several chat templates and none of them is 'default', got "
+                         f'{shorten(list(source))}; save the one you mean as chat_template.jinja')
     if not isinstance(source, str):
         raise FileNotFoundError(f'{folder}: has no chat template; choose one by its name')
     return ChatTemplate(folder.name, source, tuple(sorted(named_tokens(config).items())))

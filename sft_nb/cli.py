@@ -273,14 +273,22 @@ def _use_tcmalloc():
     if not library or 'LD_PRELOAD' in os.environ: return
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {'LD_PRELOAD': library})
 
+# %% ../nbs/07a_cli.ipynb #7be41c2d
+def _forgive_streams():
+    "Show what a terminal's encoding cannot hold as escapes, and read bytes that are no text with marks"
+    for stream, errors in ((sys.stdin, 'replace'), (sys.stdout, 'backslashreplace')):
+        if hasattr(stream, 'reconfigure'): stream.reconfigure(errors=errors)
+
 # %% ../nbs/07a_cli.ipynb #ccd47638
 def main(
     argv:list|None = None, # Words after `sft_nb`; None: those of this process
 )->int: # Exit status
     "Run one command"
     args = _build_parser().parse_args(argv)
-    if argv is None and args.command in ('run', 'train', 'respond'): _use_tcmalloc()
-    try: args.do(args)
+    try:
+        if argv is None: _forgive_streams()
+        if argv is None and args.command in ('run', 'train', 'respond'): _use_tcmalloc()
+        args.do(args)
     except (InputError, OSError) as e: # OSError: no such file, no permission, disk full ...
         print(f'sft_nb: {e}', file=sys.stderr)
         return 2

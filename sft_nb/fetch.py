@@ -28,7 +28,11 @@ GGUF_SHA256 = 'b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53'
 # %% ../nbs/04i_fetch.ipynb #a91aaf83
 def _cache_folder(cache_dir):
     "The folder for fetched files, made if need be: `cache_dir`, else `$SFT_NB_CACHE`, else `~/.cache/sft_nb`"
-    cache = Path(cache_dir or os.environ.get('SFT_NB_CACHE') or Path.home()/'.cache'/'sft_nb')
+    given = cache_dir or os.environ.get('SFT_NB_CACHE')
+    try: cache = Path(given or Path.home()/'.cache'/'sft_nb')
+    except RuntimeError:
+        raise InputError('default model: this user has no home directory for it, got no $HOME; '
+                         'set SFT_NB_CACHE to a folder') from None
     cache.mkdir(parents=True, exist_ok=True)
     return cache
 

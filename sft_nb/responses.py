@@ -53,8 +53,12 @@ def _rows(named, answers):
     if len(named)!=len(answers):
         raise InputError(f'responses: {len(named)} records but {len(answers)} answers; '
                          'one answer a record is needed')
-    pairs = zip(named.items(), answers)
-    return [{**record.raw, 'model_response': text_of(answer), 'id': name} for (name, record), answer in pairs]
+    rows = []
+    for (name, record), answer in zip(named.items(), answers):
+        row = {**record.raw, 'model_response': text_of(answer), 'id': name}
+        if record.raw.get('id', name)!=name: row.setdefault('own_id', record.raw['id']) # as the file had it
+        rows.append(row)
+    return rows
 
 # %% ../nbs/06a_responses.ipynb #bc6ff538
 def response_rows(

@@ -389,6 +389,9 @@ def _read_tokenizer(path):
     except Exception as e: raise InputError(f'{source}: not a tokenizer file, {e}; fetch it again') from None
 
 # %% ../nbs/01b_tokenizer.ipynb #e58bd8dd
+_SETTINGS = 'padding_side', 'truncation_side', 'model_max_length', 'extra_special_tokens' # kept for others
+
+
 def tokenizer_from_file(
     path:str|Path, # A `tokenizer.json`, or a model folder with one or with `vocab.json` and `merges.txt`
     content_tokens:tuple=(), # Added tokens that content may use, such as '<think>'
@@ -398,8 +401,10 @@ def tokenizer_from_file(
 )->JsonTokenizer: # The folder's vocabulary and choices
     "The tokenizer of a model folder, `FileNotFoundError` if there is none: `tokenizer_from_file('mine')`"
     tok, folder = _read_tokenizer(path)
-    config = folder/'tokenizer_config.json'
-    named = named_tokens(load_json(config) if os.path.isfile(config) else {})
+    config:dict[str, Any] = {}
+    for file in (folder/'special_tokens_map.json', folder/'tokenizer_config.json'):
+        if os.path.isfile(file): config |= load_json(file)
+    named = {key: config[key] for key in _SETTINGS if key in config} | named_tokens(config)
     if 'pad_token' in named and tok.token_to_id(named['pad_token']) is None:
         del named['pad_token'] # padding is never trained: the end token will do
     eos = eos or named.get('eos_token')

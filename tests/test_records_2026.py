@@ -6,9 +6,11 @@ import json
 import pytest
 
 from sft_nb.basics import InputError
-from sft_nb.chat import ChatTemplate
+from sft_nb.chat import ChatTemplate, load_template
 from sft_nb.data import read_record
+from sft_nb.responses import response_rows
 from sft_nb.templates import TEXT_TEMPLATES, render_prompt, render_record
+from sft_nb.tokenizer import gpt2_as_json, tokenizer_from_file
 
 TOOLS = [{'type': 'function', 'function': {'name': 'weather', 'description': 'The weather <|im_end|> of a town',
                                            'parameters': {'type': 'object', 'properties': {'town': {'type': 'string'}}}}}]
@@ -131,6 +133,27 @@ def test_fields_beside_alpaca_are_read():
 def test_a_key_that_would_be_lost_is_refused_by_name(turn, wanted):
     with pytest.raises(InputError) as e: read_record({'messages': [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Yo'} | turn]})
     assert wanted in str(e.value)
+
+
+def test_a_folder_says_its_tokens_settings_and_templates(tmp_path):
+    tok = gpt2_as_json(['<|im_end|>'])
+    tok.save(tmp_path)
+    own = {'padding_side': 'left', 'truncation_side': 'left', 'model_max_length': 4096}
+    (tmp_path/'tokenizer_config.json').write_text(json.dumps(own))
+    (tmp_path/'special_tokens_map.json').write_text(json.dumps({'eos_token': '<|im_end|>'}))
+    found = tokenizer_from_file(tmp_path)
+    assert found.eos == '<|im_end|>'
+    found.save(tmp_path/'again')
+    saved = json.loads((tmp_path/'again'/'tokenizer_config.json').read_text())
+    assert {k: saved[k] for k in own} == own
+    (tmp_path/'tokenizer_config.json').write_text(json.dumps({'chat_template': [{'name': 'rag', 'template': WORDS}]}))
+    with pytest.raises(InputError, match="none of them is 'default'"): load_template(tmp_path)
+
+
+def test_own_ids_come_back_as_they_were():
+    rows = [{'id': i//2, 'instruction': f'q{i}', 'output': 'a'} for i in range(4)]
+    assert [r['own_id'] for r in response_rows(rows, ['x']*4)] == [0, 0, 1, 1]
+    assert len({r['id'] for r in response_rows(rows, ['x']*4)}) == 4
 
 
 def test_ids_of_records_differ_where_calls_do():
