@@ -420,12 +420,11 @@ def train(
     *,
     hooks:Sequence=(), # Called as `hook(entry, model)` in process 0; a text returned stops the run
     resume:bool=False, # Go on from the newest checkpoint in `out`, if there is one
-    progress:bool|None=None, # Show a progress bar; None: only when standard error is a terminal
     say:Callable=print, # Where a few lines about the run go
 )->TrainLog: # What happened
     "Train as `cfg` says, to float32 weights: `log = train(model, rows, val_rows, TrainConfig(lr=2e-5))`"
     if resume and out is None: raise InputError("train: resume needs the run's folder, got out=None; name it")
-    if progress is None: progress = sys.stderr.isatty()
+    progress = sys.stderr.isatty() # a bar is for a terminal
     with processes() as world:
         folder = None if out is None else Path(out)
         plan = RunPlan(model, train_rows, val_rows, cfg or TrainConfig(), folder, hooks, say, world)
