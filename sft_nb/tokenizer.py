@@ -83,7 +83,9 @@ class Tokenizer(_Vocabulary):
         raise NotImplementedError
 
 # %% ../nbs/01b_tokenizer.ipynb #29b0d8ab
-def whole_text(text):
+def whole_text(
+    text:str, # Any text
+)->str: # The same, unless it holds half a surrogate pair
     "`text` as UTF-8 can hold it: halves of surrogate pairs become U+FFFD, as in tiktoken"
     if text.isascii(): return text
     return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
@@ -200,6 +202,12 @@ def _control_tokens(settings, content_tokens):
     added = {a['content']: a['id'] for a in settings['added_tokens']}
     return {t: i for t, i in added.items() if t.strip() and t not in content_tokens}
 
+# %% ../nbs/01b_tokenizer.ipynb #2b8d30c5
+def _spoken_tokens(settings, control):
+    "Those `control` tokens that are not special, such as '<think>': the words of an answer may hold them"
+    own = [a for a in settings['added_tokens'] if a['content'] in control]
+    return {a['content'] for a in own if not (a['special'] or a['single_word'])}
+
 # %% ../nbs/01b_tokenizer.ipynb #ea8500b0
 def _unknown_id(model):
     "The id of an unknown character in the settings' part `model`; None if every byte is known"
@@ -234,6 +242,7 @@ class _JsonCodec(Tokenizer):
         self.content = _content_encoder(settings, control)
         self.start = _start_of(self.tok)
         self.forbidden = self.control_ids - ({_unknown_id(settings['model'])} - {eos_id})
+        self.spoken = _spoken_tokens(settings, control) - {self.eos}
 
     def encode_batch(self, texts:list)->list: # The ids of each
         "Many ordinary `texts` as ids"
