@@ -122,6 +122,27 @@ def test_collate_equals_the_notes(seed):
     assert rows == keep
 
 
+@pytest.mark.parametrize('rows', [[[]], [[], []], [[], [5, 6]], [[5], [], [7, 8, 9]], [[50256], []]])
+@pytest.mark.parametrize('longest', [None, 0, 1, 4])
+def test_empty_rows_have_the_notes_shapes(rows, longest):
+    ours, theirs = (f(rows, allowed_max_length=longest, device='cpu') for f in (custom_collate_fn, notes_collate))
+    for a, b in zip(ours, theirs): assert a.shape == b.shape and a.tolist() == b.tolist() and a.dtype == torch.int64
+
+
+def test_no_rows_at_all_are_refused():
+    for f in (custom_collate_fn, notes_collate):
+        with pytest.raises(ValueError): f([], device='cpu')
+
+
+def test_dataset_is_one_of_torch(tokenizer):
+    dataset = InstructionDataset(DATA[:20], tokenizer)
+    assert isinstance(dataset, torch.utils.data.Dataset)
+    first, second = torch.utils.data.random_split(dataset, [15, 5], torch.Generator().manual_seed(1))
+    assert sorted(map(tuple, [*first, *second])) == sorted(map(tuple, dataset))
+    both = dataset + InstructionDataset(DATA[20:23], tokenizer, 'alpaca')
+    assert len(both) == 23 and both[2] == dataset[2] and hasattr(both[22], 'learn')
+
+
 def test_loaders_equal_the_notes(tokenizer):
     train, test, val = DATA[:935], DATA[935:1045], DATA[1045:]
     collate = partial(custom_collate_fn, device='cpu', allowed_max_length=1024)
