@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ChatTemplate']
 
-# %% ../nbs/01a_chat.ipynb #a1f2687b
+# %% ../nbs/01a_chat.ipynb #832e8e4e
 import datetime, json, re
 from collections.abc import Sequence
 from dataclasses import dataclass
