@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from .basics import InputError, shorten
 from .readers import load_records
 from .templates import format_input
-from .chat import get_template
+from .shelf import get_template
 from .tokenizer import as_tokenizer
 from .rows import Example, check_loss
 from .encoding import EncodePlan, FlatRows, Receipt, load_or_encode, stream_records

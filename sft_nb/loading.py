@@ -20,7 +20,7 @@ from torch import nn
 
 from .basics import InputError, file_sha256, fingerprint, load_json, near_misses, shorten
 from .templates import Template
-from .chat import get_template, load_template
+from .shelf import get_template, load_template
 from .tokenizer import JsonTokenizer, Tokenizer, tokenizer_from_file
 from .model import ModelConfig
 from .decoder import Decoder

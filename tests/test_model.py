@@ -346,7 +346,7 @@ def test_failed_save_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_what_is_saved_besides_weights(tmp_path):
-    from sft_nb.chat import get_template
+    from sft_nb.shelf import get_template
     from sft_nb.tokenizer import get_gpt2_tokenizer
     tok = get_gpt2_tokenizer()
     model = Decoder(ModelConfig('gpt2', **TOY | dict(vocab_size=tok.n_vocab, n_kv_heads=4), norm='layer', positions='learned', act='gelu_tanh',
@@ -368,7 +368,7 @@ def test_what_is_saved_besides_weights(tmp_path):
 
 def test_generation_settings_travel(tmp_path):
     "Stop ids that only generation_config.json names end answers, and its other entries survive"
-    from sft_nb.chat import get_template
+    from sft_nb.shelf import get_template
     from sft_nb.tokenizer import get_gpt2_tokenizer
     from sft_nb.rows import missing_tokens
     random_model('qwen2', 1).save_pretrained(tmp_path/'hf')
