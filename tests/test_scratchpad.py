@@ -161,3 +161,33 @@ def test_loaders_equal_the_notes(tokenizer):
 
 def test_default_device_is_a_device():
     assert get_default_device().type in ('cpu', 'cuda', 'mps')
+
+
+ANSWERED = ROOT/'data/sft/test/instruction-data-with-response.json'
+
+
+def test_the_answered_test_set_is_the_test_part():
+    rows = json.loads(ANSWERED.read_text(encoding='utf-8'))
+    assert [{k: v for k, v in row.items() if k != 'model_response'} for row in rows] == DATA[935:1045]
+    assert all(list(row) == ['instruction', 'input', 'output', 'model_response'] and row['model_response'].strip() for row in rows)
+    assert len({row['model_response'] for row in rows}) > 90
+
+
+def test_the_evaluation_page_writes_the_answered_test_set(tmp_path, monkeypatch):
+    "The page's own cells, run where a run has answered, write the committed file byte for byte"
+    from sft_nb.basics import save_json
+    from sft_nb.evaluation import plain_responses
+    from sft_nb.responses import save_responses
+    cells = [''.join(c['source']) for c in json.loads((ROOT/'nbs/06_evaluation.ipynb').read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code']
+    places = next(c for c in cells if c.startswith('FOLDER ='))
+    write = next(c for c in cells if 'save_json(TEST_FILE' in c)
+    (tmp_path/'nbs').mkdir()
+    (tmp_path/'data/sft/train').mkdir(parents=True)
+    (tmp_path/'data/sft/train/instruction-data.json').write_bytes((ROOT/'data/sft/train/instruction-data.json').read_bytes())
+    answers = [row['model_response'] for row in json.loads(ANSWERED.read_text(encoding='utf-8'))]
+    save_responses(tmp_path/'runs/default/responses.json', DATA[935:1045], answers)
+    monkeypatch.chdir(tmp_path/'nbs')
+    names = dict(json=json, Path=Path, save_json=save_json, plain_responses=plain_responses)
+    exec(places, names)
+    exec(write, names)
+    assert (tmp_path/ANSWERED.relative_to(ROOT)).read_bytes() == ANSWERED.read_bytes()
