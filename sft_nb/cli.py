@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['job_config', 'main']
 
-# %% ../nbs/07a_cli.ipynb #17344336
+# %% ../nbs/07a_cli.ipynb #f2292f59
 import argparse
 import os
 import sys
@@ -18,7 +18,7 @@ from .choices import JobConfig, Judging, Stops, TrainConfig
 from .data import Message, Record
 from .split import split_records
 from .templates import TextTemplate
-from .chat import template_names
+from .shelf import template_names
 
 # %% ../nbs/07a_cli.ipynb #e3b911a2
 _DATA = {

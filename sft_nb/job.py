@@ -6,7 +6,7 @@
 __all__ = ['new_folder', 'Job', 'read_data', 'fit_vocabulary', 'open_model', 'prepare', 'row_limit', 'encode_part', 'answer_part',
            'Stopped', 'tune_job', 'run_job', 'score_lines', 'judge_lines']
 
-# %% ../nbs/07_job.ipynb #65879288
+# %% ../nbs/07_job.ipynb #71bf332f
 import os
 import shutil
 import sys
@@ -22,7 +22,7 @@ from .data import Record, summarize_records
 from .readers import default_data_file, load_records
 from .split import split_records
 from .machine import choose_device
-from .chat import get_template
+from .shelf import get_template
 from .rows import encode_prompt, missing_tokens
 from .dataset import InstructionDataset
 from .loading import Loaded, load_model
