@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from sft_nb.chat import get_template
+from sft_nb.shelf import get_template
 from sft_nb.data import read_record
 from sft_nb.rows import LEARNED, STOP, encode_prompt, encode_rows
 from sft_nb.templates import render_prompt, render_record
