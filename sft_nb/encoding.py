@@ -104,7 +104,8 @@ def _book_row(
         _note(receipt.after, row.where)
     if row.across:
         receipt.across['rows'] += 1
-        _note(receipt.across, f'{row.where} (id {row.across[0]})')
+        lost = row.across[0]
+        _note(receipt.across, f'{row.where} ({lost.text!r}, id {lost.id})')
     if not reason: return
     book = receipt.cut if reason=='cut' else receipt.dropped.setdefault(reason, _lost())
     book['rows'] += 1

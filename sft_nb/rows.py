@@ -97,7 +97,7 @@ class Row:
     where:str = 'record' # Address for messages
     has_input:bool = False # Is there an input, which stands after its instruction?
     n_after:int = 0 # Messages after the last answer, which are in no segment
-    across:tuple = () # The id that the whole text has at the border of the last answer, if another
+    across:tuple = () # Of each border inside a token of the whole text, what the row has not
 
     def __len__(self): return sum(map(len, self.ids))
 
@@ -271,7 +271,7 @@ def _token_texts(ids, tokenizer):
     return texts
 
 # %% ../nbs/01c_rows.ipynb #02b0716f
-_ansi = {'read': '90', 'learned': '1;34', 'stop': '30;43', 'mute': '90', 'cut': '9;31'}
+_ansi = {'read': '90', 'learned': '1;34', 'stop': '30;43', 'mute': '90', 'cut': '9;31', 'border': '30;45'}
 _marks = {'learned': '[]', 'stop': '{}', 'cut': '~~'}
 
 
@@ -280,16 +280,24 @@ class TokenView:
     "The tokens of one row, each with what becomes of it"
     tokens:tuple # (id, text, kind) with a kind of `STYLES`
     where:str = 'record' # Shown above the text
+    borders:tuple = () # Number of the token behind each border, and the text of the token it lies in
 
     def runs(self)->list: # (kind, text) of each
-        "Neighbours of one kind joined"
-        groups = groupby(self.tokens, key=lambda token: token[2])
-        return [(kind, ''.join(text for _, text, _ in group)) for kind, group in groups]
+        "Neighbours of one kind joined, and a mark at each border inside a token"
+        inside = dict(self.borders)
+        marked = []
+        for n, (_, text, kind) in enumerate(self.tokens):
+            if n in inside: marked.append(('border', '\u00a6'))
+            marked.append((kind, text))
+        groups = groupby(marked, key=lambda run: run[0])
+        return [(kind, ''.join(text for _, text in group)) for kind, group in groups]
 
     def counts(self)->str: # One line
-        "How many tokens there are of each kind"
+        "How many tokens there are of each kind, and where a border lies inside a token of the whole text"
         n = Counter(kind for _, _, kind in self.tokens)
-        return f'{self.where}: ' + ', '.join(f'{n[kind]} {kind}' for kind in STYLES if n[kind])
+        counted = [f'{n[kind]} {kind}' for kind in STYLES if n[kind]]
+        inside = [f'a border inside {text!r}' for _, text in self.borders]
+        return f'{self.where}: ' + ', '.join(counted + inside)
 
     def plain(self)->str: # [learned], {stop}, ~cut~
         "The view without colours"
@@ -320,6 +328,11 @@ def _token_marks(row, fitted, from_the_front):
         marks += lost + kept if from_the_front else kept + lost
     return marks
 
+# %% ../nbs/01c_rows.ipynb #7eb70faa
+def _borders(row):
+    "Number of the token behind each border inside a token of the whole text, and that token's text"
+    return tuple([(sum(map(len, row.ids[:a.segment])), visible_text(a.text)) for a in row.across])
+
 # %% ../nbs/01c_rows.ipynb #452ad990
 def view_record(
     record:Record, # What to show
@@ -338,4 +351,5 @@ def view_record(
     if reason=='no target': fitted = row # the limit takes nothing away from it
     marks = _token_marks(row, fitted, from_the_front=over_long=='cut_prompt' and not row.has_input)
     ids = list(chain.from_iterable(row.ids))
-    return TokenView(tuple(zip(ids, _token_texts(ids, tokenizer), marks)), record.where)
+    tokens = tuple(zip(ids, _token_texts(ids, tokenizer), marks))
+    return TokenView(tokens, record.where, _borders(row))

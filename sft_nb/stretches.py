@@ -208,11 +208,13 @@ class FreeEncoder(StretchEncoder):
 
 # %% ../nbs/01bb_stretches.ipynb #2e1a0bcf
 _OPEN = '\ufdd0'
+_CLOSE = '\ufdd1'
+_RESERVED = re.compile(f'[{_OPEN}{_CLOSE}]')
 
 
 def _marked(token):
     "The name of a control `token` that no text has; of none, ''"
-    return token and _OPEN + token + _OPEN
+    return token and _OPEN + token + _CLOSE
 
 # %% ../nbs/01bb_stretches.ipynb #f3e43b75
 class _Renamed:
@@ -239,7 +241,7 @@ class _Renamed:
         first = 0
         last = len(ids)
         if text.startswith(_OPEN): first = next(i for i, token in enumerate(ids) if token in self.marks) + 1
-        if text.endswith(_OPEN): last = next(i for i in reversed(range(last)) if ids[i] in self.marks)
+        if text.endswith(_CLOSE): last = next(i for i in reversed(range(last)) if ids[i] in self.marks)
         own = ids[first:last]
         return [self.others.get(i, i) for i in own] if self.others else own, first
 
@@ -273,7 +275,7 @@ class PlacedEncoder(StretchEncoder):
         whole = [_marked(a[0]) + whole_text(text) + _marked(a[1]) for text, a in zip(texts, around)]
         found:list = [(None, None)]*len(texts)
         for goes_on, renamed in ((False, self.first), (True, self.later)):
-            chosen = [n for n, a in enumerate(around) if a[2]==goes_on and _OPEN not in texts[n]]
+            chosen = [n for n, a in enumerate(around) if a[2]==goes_on and not _RESERVED.search(texts[n])]
             marked = [whole[n] for n in chosen]
             encodings = renamed.tok.encode_batch(marked, add_special_tokens=False)
             for n, encoding in zip(chosen, encodings):

@@ -85,7 +85,8 @@ def visible_text(
 # %% ../nbs/01_templates.ipynb #c6d5616a
 STYLES = {'read': 'color:#767676', 'learned': 'color:#0072b2;font-weight:bold',
           'stop': 'background:#e69f00;color:black', 'mute': 'color:#767676',
-          'cut': 'color:#b3261e;text-decoration:line-through'}
+          'cut': 'color:#b3261e;text-decoration:line-through',
+          'border': 'background:#cc79a7;color:black'}
 
 def colored_html(
     pieces:Iterable, # (kind, text) of each, with a kind of `STYLES`

@@ -202,12 +202,6 @@ def _control_tokens(settings, content_tokens):
     added = {a['content']: a['id'] for a in settings['added_tokens']}
     return {t: i for t, i in added.items() if t.strip() and t not in content_tokens}
 
-# %% ../nbs/01b_tokenizer.ipynb #2b8d30c5
-def _spoken_tokens(settings, control):
-    "Those `control` tokens that are not special, such as '<think>': the words of an answer may hold them"
-    own = [a for a in settings['added_tokens'] if a['content'] in control]
-    return {a['content'] for a in own if not (a['special'] or a['single_word'])}
-
 # %% ../nbs/01b_tokenizer.ipynb #ea8500b0
 def _unknown_id(model):
     "The id of an unknown character in the settings' part `model`; None if every byte is known"
@@ -242,7 +236,6 @@ class _JsonCodec(Tokenizer):
         self.content = _content_encoder(settings, control)
         self.start = _start_of(self.tok)
         self.forbidden = self.control_ids - ({_unknown_id(settings['model'])} - {eos_id})
-        self.spoken = _spoken_tokens(settings, control) - {self.eos}
 
     def encode_batch(self, texts:list)->list: # The ids of each
         "Many ordinary `texts` as ids"
@@ -380,17 +373,15 @@ def _json_twin(tokenizer):
 def _without_first_space(settings):
     "A copy of the `settings` of a tokenizer, or of a part of them, with no step that puts a space in front"
     if isinstance(settings, list):
-        return [_without_first_space(x) for x in settings if not _is_prepend(x)]
+        steps = [_without_first_space(x) for x in settings]
+        return [step for step in steps if step is not None]
     if not isinstance(settings, dict): return settings
+    if settings.get('type')=='Prepend': return None
     whole = {'model', 'added_tokens'} # these hold words, not steps
     kept = {k: v if k in whole else _without_first_space(v) for k, v in settings.items()}
-    if _is_prepend(kept.get('normalizer')): kept['normalizer'] = None
     if kept.get('type')=='Metaspace': kept['prepend_scheme'] = 'never'
     if kept.get('type')=='ByteLevel': kept['add_prefix_space'] = False
     return kept
-
-# %% ../nbs/01b_tokenizer.ipynb #b563db6d
-def _is_prepend(step): return isinstance(step, dict) and step.get('type')=='Prepend'
 
 # %% ../nbs/01b_tokenizer.ipynb #678b714f
 def _inside(tokenizer):

@@ -182,11 +182,12 @@ def _joint(asked, answer, encoder):
 # %% ../nbs/01bc_whole_text.ipynb #504bbc3f
 def _side(stretch, begin, end):
     "Some parts of a stretch, from number `begin` up to `end`, as a stretch"
-    is_last = end==len(stretch.parts)
+    parts = stretch.parts[begin:end]
+    owners = stretch.owners[begin:end - 1]
     before = '' if begin else stretch.before
-    after = stretch.after if is_last else ''
-    return Stretch(stretch.parts[begin:end], stretch.owners[begin:end - 1], before, after,
-                   begin>0 or stretch.goes_on)
+    after = stretch.after if end==len(stretch.parts) else ''
+    goes_on = begin>0 or stretch.goes_on
+    return Stretch(parts, owners, before, after, goes_on)
 
 # %% ../nbs/01bc_whole_text.ipynb #cb3d1f39
 def _flat(shares): return [i for share in shares for i in share]
@@ -260,7 +261,8 @@ def _read_slot(piece, pieces, encoder):
         stretch = _joint(pieces[piece.asked].stretch, stretch, encoder)
         n_lead = 1
     k = hole + n_lead
-    sides = _side(stretch, 0, k), _side(stretch, k + 1, len(stretch.parts))
+    n_parts = len(stretch.parts)
+    sides = _side(stretch, 0, k), _side(stretch, k + 1, n_parts)
     front, back = [encoder.encode([side])[0] if side.parts else [] for side in sides]
     texts = [''.join(side.parts) for side in sides]
     ids = _flat(front), _flat(back)
@@ -310,11 +312,22 @@ def _filled(layout, found):
         filled[i] = ids[begin:end]
     return Encoded(filled, [])
 
+# %% ../nbs/01bc_whole_text.ipynb #ad7e01d8
+@lru_cache(8)
+def _spoken_tokens(tokenizer):
+    "The added tokens that are not special, such as '<think>', but those that swallow spaces"
+    if not isinstance(tokenizer, JsonTokenizer): return frozenset()
+    added = tokenizer.tok.get_added_tokens_decoder().values()
+    whole = [a for a in added if not (a.special or a.single_word or a.lstrip or a.rstrip)]
+    names = {a.content for a in whole}
+    forbidden = set(tokenizer.control_tokens) - {tokenizer.eos}
+    return frozenset(names & forbidden)
+
 # %% ../nbs/01bc_whole_text.ipynb #c8237680
 @lru_cache(100)
 def _marks_of(tokenizer, stops):
     "Finds the marks that answers may hold, which may not be one of the `stops`; None if there are none"
-    names = set(getattr(tokenizer, 'spoken', ())) - stops
+    names = _spoken_tokens(tokenizer) - stops
     longest_first = sorted(names, key=len, reverse=True)
     return re.compile(f"({'|'.join(map(re.escape, longest_first))})") if names else None
 
@@ -381,7 +394,7 @@ def encode_segments(
 )->list: # An `Encoded` for each of them
     "Encode whole texts and share their ids out to the segments: `encode_segments([rendered], tokenizer)`"
     texts = [r.segments for r in rendered]
-    if not getattr(tokenizer, 'spoken', ()): return _encode_unmarked(texts, tokenizer)
+    if not _spoken_tokens(tokenizer): return _encode_unmarked(texts, tokenizer)
     marked = [_marks_apart(segments, tokenizer) for segments in texts]
     encoded = _encode_unmarked([apart for apart, _ in marked], tokenizer)
     return [_marks_joined(own, origin, len(segments))
