@@ -10,7 +10,7 @@ if TYPE_CHECKING: # what editors and type checkers see; a test compares it with 
     from .split import split_records as split_records
     from .lint import find_leaks as find_leaks
     from .templates import format_input as format_input
-    from .chat import get_template as get_template
+    from .shelf import get_template as get_template
     from .loading import load_model as load_model
     from .rows import view_record as view_record
     from .dataset import InstructionDataset as InstructionDataset

@@ -18,7 +18,7 @@ from .basics import InputError
 from .data import Message, Record
 from .split import split_records
 from .templates import TextTemplate
-from .chat import template_names
+from .shelf import template_names
 
 if TYPE_CHECKING: from sft_nb.job import JobConfig
 

@@ -15,7 +15,7 @@ FACE = {
     'split_records': ('split', 'split = sft_nb.split_records(records)'),
     'find_leaks': ('lint', 'sft_nb.find_leaks(split)'),
     'format_input': ('templates', 'print(sft_nb.format_input(records[0]))'),
-    'get_template': ('chat', "template = sft_nb.get_template('alpaca')"),
+    'get_template': ('shelf', "template = sft_nb.get_template('alpaca')"),
     'load_model': ('loading', "loaded = sft_nb.load_model('some-model')"),
     'view_record': ('rows', 'sft_nb.view_record(records[0], template, loaded.tokenizer)'),
     'InstructionDataset': ('dataset', 'train_rows = sft_nb.InstructionDataset(split.train, loaded.tokenizer, '

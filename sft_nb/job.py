@@ -22,7 +22,7 @@ from .data import Record, summarize_records
 from .readers import default_data_file, load_records
 from .split import split_records
 from .machine import choose_device
-from .chat import get_template
+from .shelf import get_template
 from .rows import encode_prompt, missing_tokens
 from .dataset import InstructionDataset
 from .loading import Loaded, load_model
