@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['solved']
 
-# %% ../nbs/00h_exercises.ipynb #afec3d83
+# %% ../nbs/00h_exercises.ipynb #c8ecc6b2
 import html, math
 from dataclasses import dataclass
-from typing import Any
 from .basics import InputError, shorten
 from .figures import BLUE, RED
 
