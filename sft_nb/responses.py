@@ -18,7 +18,7 @@ from .basics import InputError, differences, fingerprint, load_json, lock_file, 
 from .said import Said, plain_call, say_calls, take_apart
 from .calls import THOUGHT_KEYS
 from .data import Record, as_records, text_field
-from .readers import load_rows
+from .readers import file_kind, load_rows, save_records
 
 # %% ../nbs/06a_responses.ipynb #5a5c55d8
 def _name_records(records):
@@ -60,6 +60,11 @@ def _apart(record, answer):
     whole = json.dumps(list(parts), ensure_ascii=False)
     return dict(zip(_PARTS, json.loads(text_of(whole))))
 
+# %% ../nbs/06a_responses.ipynb #8410ffc9
+def _free_name(row):
+    "The field for a record's own id where the row is named otherwise: 'own_id', or one that is free"
+    return next(name for name in ('own_id', *(f'own_id_{n}' for n in range(2, 99))) if name not in row)
+
 # %% ../nbs/06a_responses.ipynb #fd44238f
 def _rows(named, answers):
     "The rows of a responses file, raising `InputError` when answers and records differ in number"
@@ -68,9 +73,10 @@ def _rows(named, answers):
                          'one answer a record is needed')
     rows = []
     for (name, record), answer in zip(named.items(), answers):
-        own = {key: value for key, value in record.raw.items() if key not in _PARTS}
-        row = {**own, 'model_response': text_of(answer), 'id': name, **_apart(record, answer)}
-        if record.raw.get('id', name)!=name: row.setdefault('own_id', record.raw['id']) # as the file had it
+        said = {key: value for key, value in record.raw.items() if key not in _PARTS}
+        row = {**said, 'model_response': text_of(answer), 'id': name, **_apart(record, answer)}
+        own = record.raw.get('id', name)
+        if own!=name: row[_free_name(row)] = own # as the file had it
         rows.append(row)
     return rows
 
@@ -83,9 +89,16 @@ def response_rows(
     return _rows(_name_records(records), list(answers))
 
 # %% ../nbs/06a_responses.ipynb #1fd9a838
+def _beside(path, kind):
+    "`tuned.meta.json` for `tuned.json` and the kind 'meta.json'; other files keep their whole name"
+    path = Path(path)
+    stem = path.stem if path.suffix=='.json' else path.name
+    return path.with_name(f'{stem}.{kind}')
+
+# %% ../nbs/06a_responses.ipynb #6043d791
 def _meta_path(path):
-    "`tuned.meta.json` beside `tuned.json`: where the facts about a responses file are kept"
-    return Path(path).with_suffix('.meta.json')
+    "Where the facts about a responses file are kept"
+    return _beside(path, 'meta.json')
 
 # %% ../nbs/06a_responses.ipynb #c878ec83
 def _data_fingerprint(named):
@@ -102,7 +115,7 @@ def _answer_facts(answer, **more):
 def _write_responses(path, rows, about, facts):
     "Write both files, the sidecar first: where the responses are, their facts are too"
     save_json(_meta_path(path), {'schema': 1, 'n': len(rows), **about, 'rows': facts}, indent=1)
-    save_json(path, rows)
+    save_records(path, rows)
     return rows
 
 # %% ../nbs/06a_responses.ipynb #7d2c4878
@@ -316,10 +329,11 @@ def answer_file(
 )->list: # The rows of the finished file
     "Answer all records into a file, going on where an earlier run was stopped"
     path = Path(path)
+    file_kind(path) # a name that cannot be written is refused before anything is answered
     named = _name_records(records)
     header = {'schema': 1, 'settings': json.loads(json.dumps(settings)), 'data': _data_fingerprint(named)}
     if path.exists(): return _finished(path, header)
-    part = path.with_suffix('.partial.jsonl')
+    part = _beside(path, 'partial.jsonl')
     lines = _answer_all(part, header, named, answer, batch_size)
     texts, facts = _split_lines(lines, named)
     rows = _write_responses(path, _rows(named, texts), header, facts)
