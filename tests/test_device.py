@@ -128,7 +128,8 @@ def check_training(second, native, folder):
     import torch
     from test_training import CFG, DATA
     from sft_nb.loading import load_model
-    from sft_nb.lora import LoraConfig, merge_lora
+    from sft_nb.choices import LoraConfig
+    from sft_nb.lora import merge_lora
     from sft_nb.run import train
     from sft_nb.saving import save_model
     quiet = dict(say=lambda *_: None)
@@ -160,7 +161,7 @@ def check_answers(second, native, folder):
     import types
     import torch
     from sft_nb.generation import generate
-    from sft_nb.sampling import Sampling, Stops
+    from sft_nb.choices import Sampling, Stops
     here, there = tiny_model('cpu'), tiny_model(second)
     tokenizer = types.SimpleNamespace(eos_id=None, token_id=lambda _: None, decode_content=lambda ids: ' '.join(map(str, ids)))
     prompts = [[1, 2, 3, *range(4, 4+n)] for n in (1, 5, 9)]
@@ -173,7 +174,8 @@ def check_adapters(second, native, folder):
     "Adapters are saved and loaded there, merged there, and give what they give on the processor"
     import torch
     from sft_nb.adapters import load_adapter, save_adapter
-    from sft_nb.lora import LoraConfig, merge_lora
+    from sft_nb.choices import LoraConfig
+    from sft_nb.lora import merge_lora
     there = tiny_model(second, LoraConfig(4))
     with torch.no_grad():
         for p in there.parameters():
