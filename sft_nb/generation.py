@@ -20,8 +20,8 @@ from .rows import encode_prompt
 from .positions import rope_limit
 from .kernels import softcap
 from .decoder import Decoder
-from .sampling import (
-    Sampling, Stops, TextPieces, answer_text, as_ids, chance_of_each, choose_ids, default_stop_ids)
+from .choices import Sampling, Stops, as_ids
+from .sampling import TextPieces, answer_text, chance_of_each, choose_ids, default_stop_ids
 from .seats import Budget, Draft, RowCache, RowPlan, Seats, StepRows, plan_rows, share_prefix
 
 # %% ../nbs/04p_generation.ipynb #2092455a

@@ -16,7 +16,7 @@ from typing import Any
 import regex
 from .basics import InputError, differences, fingerprint, load_json, lock_file, save_json, shorten
 from .data import as_records, text_field
-from .readers import load_rows
+from .readers import file_kind, load_rows, save_records
 
 # %% ../nbs/06a_responses.ipynb #5a5c55d8
 def _name_records(records):
@@ -47,6 +47,11 @@ def text_of(
     "The text of an `answer`; half a surrogate pair, which no file can hold, becomes �"
     return regex.sub('[\ud800-\udfff]', '�', answer if isinstance(answer, str) else answer.text)
 
+# %% ../nbs/06a_responses.ipynb #8410ffc9
+def _free_name(row):
+    "The field for a record's own id where the row is named otherwise: 'own_id', or one that is free"
+    return next(name for name in ('own_id', *(f'own_id_{n}' for n in range(2, 99))) if name not in row)
+
 # %% ../nbs/06a_responses.ipynb #fd44238f
 def _rows(named, answers):
     "The rows of a responses file, raising `InputError` when answers and records differ in number"
@@ -56,7 +61,8 @@ def _rows(named, answers):
     rows = []
     for (name, record), answer in zip(named.items(), answers):
         row = {**record.raw, 'model_response': text_of(answer), 'id': name}
-        if record.raw.get('id', name)!=name: row.setdefault('own_id', record.raw['id']) # as the file had it
+        own = record.raw.get('id', name)
+        if own!=name: row[_free_name(row)] = own # as the file had it
         rows.append(row)
     return rows
 
@@ -69,9 +75,16 @@ def response_rows(
     return _rows(_name_records(records), list(answers))
 
 # %% ../nbs/06a_responses.ipynb #1fd9a838
+def _beside(path, kind):
+    "`tuned.meta.json` for `tuned.json` and the kind 'meta.json'; other files keep their whole name"
+    path = Path(path)
+    stem = path.stem if path.suffix=='.json' else path.name
+    return path.with_name(f'{stem}.{kind}')
+
+# %% ../nbs/06a_responses.ipynb #6043d791
 def _meta_path(path):
-    "`tuned.meta.json` beside `tuned.json`: where the facts about a responses file are kept"
-    return Path(path).with_suffix('.meta.json')
+    "Where the facts about a responses file are kept"
+    return _beside(path, 'meta.json')
 
 # %% ../nbs/06a_responses.ipynb #c878ec83
 def _data_fingerprint(named):
@@ -88,7 +101,7 @@ def _answer_facts(answer, **more):
 def _write_responses(path, rows, about, facts):
     "Write both files, the sidecar first: where the responses are, their facts are too"
     save_json(_meta_path(path), {'schema': 1, 'n': len(rows), **about, 'rows': facts}, indent=1)
-    save_json(path, rows)
+    save_records(path, rows)
     return rows
 
 # %% ../nbs/06a_responses.ipynb #7d2c4878
@@ -253,10 +266,11 @@ def answer_file(
 )->list: # The rows of the finished file
     "Answer all records into a file, going on where an earlier run was stopped"
     path = Path(path)
+    file_kind(path) # a name that cannot be written is refused before anything is answered
     named = _name_records(records)
     header = {'schema': 1, 'settings': json.loads(json.dumps(settings)), 'data': _data_fingerprint(named)}
     if path.exists(): return _finished(path, header)
-    part = path.with_suffix('.partial.jsonl')
+    part = _beside(path, 'partial.jsonl')
     lines = _answer_all(part, header, named, answer, batch_size)
     texts, facts = _split_lines(lines, named)
     rows = _write_responses(path, _rows(named, texts), header, facts)

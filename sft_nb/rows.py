@@ -20,7 +20,7 @@ from .basics import InputError, check_choice
 from .data import Record, as_records
 from .templates import (
     STYLES, Rendered, Segment, Template, colored_html, render_prompt, render_record, visible_text)
-from .chat import get_template
+from .shelf import get_template
 from .tokenizer import Tokenizer
 
 # %% ../nbs/01c_rows.ipynb #ebb6b2e2

@@ -17,7 +17,7 @@ from torch import nn
 from . import __version__
 from .basics import file_sha256, load_json, save_json, whole_folder
 from .templates import Template
-from .chat import save_template
+from .shelf import save_template
 from .tokenizer import Tokenizer
 from .model import count_parameters
 from .decoder import Decoder

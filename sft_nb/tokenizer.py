@@ -19,7 +19,7 @@ import tiktoken
 import tokenizers
 from .basics import InputError, load_json, save_json, shorten, write_atomic
 from .gpt2 import END_OF_TEXT, GPT2_FILES, GPT2_SHA256, read_gpt2_file
-from .chat import named_tokens
+from .shelf import named_tokens
 
 # %% ../nbs/01b_tokenizer.ipynb #84f99023
 @dataclass(eq=False, repr=False)
@@ -274,8 +274,23 @@ def bpe_tokenizer(
     tok.add_special_tokens([END_OF_TEXT])
     return tok
 
+# %% ../nbs/01b_tokenizer.ipynb #391e7d3f
+class _SpokenCodec(_JsonCodec):
+    "The same, which knows what of an answer is shown"
+    config:dict = {} # Tokens with a name
+
+    @cached_property
+    def _silent_ids(self):
+        added = self.tok.get_added_tokens_decoder()
+        named = {self.eos, *named_tokens(self.config).values()}
+        return frozenset(i for i, token in added.items() if token.special or token.content in named)
+
+    def decode_content(self, ids:Iterable)->str: # Text
+        "The text of `ids` without special tokens; marks such as '<think>' are words"
+        return self.decode([i for i in ids if i not in self._silent_ids])
+
 # %% ../nbs/01b_tokenizer.ipynb #bcc85b88
-class JsonTokenizer(_JsonCodec):
+class JsonTokenizer(_SpokenCodec):
     "A `tokenizers.Tokenizer` behind the common face: `JsonTokenizer(tok, 'mine', eos='</s>')`"
     pieces:bytes|None = None # The file tokenizer.model that it was loaded with, for saving
 

@@ -3,6 +3,7 @@ import os
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1')          # no test may wait for a hub
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
+if 'PYTEST_XDIST_WORKER' in os.environ: os.environ.setdefault('OMP_NUM_THREADS', '1') # one core a worker
 import pytest
 
 

@@ -16,7 +16,7 @@ from sft_nb.readers import default_data_file, load_records
 import sft_nb.rows as rows
 from sft_nb.gpt2 import GPT2_FILES
 from sft_nb.templates import render_prompt, render_record
-from sft_nb.chat import get_template, save_template, template_names
+from sft_nb.shelf import get_template, save_template, template_names
 from sft_nb.tokenizer import (
     JsonTokenizer, as_tokenizer, bpe_tokenizer, get_gpt2_tokenizer, gpt2_as_json, set_start,
     tokenizer_from_file)

@@ -1,6 +1,5 @@
 "Our decoder against `transformers`: nine families, files in every form, and everything that can be wrong with them"
 import json, os, random, re, subprocess, sys, threading, textwrap, zipfile
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +7,7 @@ import pytest
 import torch
 import transformers
 from torch.testing import assert_close
+from toy_hub import toy_hub
 
 from sft_nb import __version__, fetch, flex, saving
 from sft_nb import gguf_file as GF
@@ -346,7 +346,7 @@ def test_failed_save_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_what_is_saved_besides_weights(tmp_path):
-    from sft_nb.chat import get_template
+    from sft_nb.shelf import get_template
     from sft_nb.tokenizer import get_gpt2_tokenizer
     tok = get_gpt2_tokenizer()
     model = Decoder(ModelConfig('gpt2', **TOY | dict(vocab_size=tok.n_vocab, n_kv_heads=4), norm='layer', positions='learned', act='gelu_tanh',
@@ -368,7 +368,7 @@ def test_what_is_saved_besides_weights(tmp_path):
 
 def test_generation_settings_travel(tmp_path):
     "Stop ids that only generation_config.json names end answers, and its other entries survive"
-    from sft_nb.chat import get_template
+    from sft_nb.shelf import get_template
     from sft_nb.tokenizer import get_gpt2_tokenizer
     from sft_nb.rows import missing_tokens
     random_model('qwen2', 1).save_pretrained(tmp_path/'hf')
@@ -857,31 +857,6 @@ def test_two_at_once_do_not_collide(wheel):
     assert sum('fetching' in s for s in said)==1
 
 
-class Hub(BaseHTTPRequestHandler):
-    "As much of the hub's protocol as a download needs"
-    folder = None
-    def log_message(self, *a): pass
-    def do_HEAD(self): self.do_GET(body=False)
-    def do_GET(self, body=True):
-        import hashlib, json
-        path, commit = self.path.split('?')[0], 'a'*40
-        if m:=re.fullmatch(r'/api/models/toys/tiny/(?:revision|tree)/([^/]+)(/.*)?', path):
-            if m[1] not in ('main', 'v2', commit): return self.answer(404, b'{}', {'X-Error-Code': 'RevisionNotFound'}, body)
-            files = sorted(p.name for p in self.folder.iterdir())
-            if '/tree/' in path: data = [dict(type='file', path=f, size=(self.folder/f).stat().st_size, oid='0'*40) for f in files]
-            else: data = dict(id='toys/tiny', modelId='toys/tiny', sha=commit, siblings=[dict(rfilename=f) for f in files])
-            return self.answer(200, json.dumps(data).encode(), {'Content-Type': 'application/json'}, body)
-        if m:=re.fullmatch(r'/toys/tiny/resolve/([^/]+)/(.+)', path):
-            data = (self.folder/m[2]).read_bytes()
-            return self.answer(200, data, {'X-Repo-Commit': commit, 'ETag': f'"{hashlib.sha256(data).hexdigest()}"'}, body)
-        self.answer(404, b'{}', {'X-Error-Code': 'RepoNotFound'}, body)
-    def answer(self, status, data, headers, body):
-        self.send_response(status)
-        for k,v in (headers | {'Content-Length': str(len(data))}).items(): self.send_header(k, v)
-        self.end_headers()
-        if body: self.wfile.write(data)
-
-
 def test_hub(tmp_path):
     "Names are fetched from the server in HF_ENDPOINT; pickles and programs are not even asked for"
     hf = random_model('qwen2', 1)
@@ -889,14 +864,6 @@ def test_hub(tmp_path):
     torch.save({}, tmp_path/'repo'/'pytorch_model.bin')
     (tmp_path/'repo'/'modeling_tiny.py').write_text('raise SystemExit')
     (tmp_path/'repo'/'tokenizer.model').write_bytes(b'pieces')
-    asked = []
-    class Here(Hub):
-        folder = tmp_path/'repo'
-        def do_GET(self, body=True):
-            asked.append(self.path)
-            super().do_GET(body)
-    server = ThreadingHTTPServer(('127.0.0.1', 0), Here)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     code = f"""
         import torch
         from sft_nb.basics import InputError
@@ -907,10 +874,8 @@ def test_hub(tmp_path):
             try: load_model(name)
             except InputError as e: print(e)"""
     torch.save(ids_of(2, 15), tmp_path/'ids')
-    env = os.environ | dict(HF_ENDPOINT=f'http://127.0.0.1:{server.server_port}', HF_HOME=str(tmp_path/'home'), HF_HUB_DISABLE_XET='1', OMP_NUM_THREADS='1')
-    env.pop('HF_HUB_OFFLINE', None)
-    run = subprocess.run([sys.executable, '-c', textwrap.dedent(code)], cwd=ROOT, env=env, capture_output=True, text=True)
-    server.shutdown()
+    with toy_hub({'toys/tiny': tmp_path/'repo'}, tmp_path/'home') as (env, asked):
+        run = subprocess.run([sys.executable, '-c', textwrap.dedent(code)], cwd=ROOT, env=os.environ | env, capture_output=True, text=True)
     assert run.returncode==0, run.stderr[-3000:]
     source, logits = torch.load(tmp_path/'out')
     assert source=='toys/tiny@v2'

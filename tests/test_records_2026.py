@@ -6,7 +6,8 @@ import json
 import pytest
 
 from sft_nb.basics import InputError
-from sft_nb.chat import ChatTemplate, load_template
+from sft_nb.chat import ChatTemplate
+from sft_nb.shelf import load_template
 from sft_nb.data import read_record
 from sft_nb.responses import response_rows
 from sft_nb.templates import TEXT_TEMPLATES, render_prompt, render_record

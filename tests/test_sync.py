@@ -1,5 +1,6 @@
 "What is derived equals its source: modules from notebooks, README from index, commands in CI from the README."
 import importlib
+import json
 import re
 import shutil
 import subprocess
@@ -87,3 +88,14 @@ def test_readme_names_every_page():
     pages = sorted(p.name for p in (ROOT/'nbs').glob('0*.ipynb'))
     assert [p for p in pages if f'(nbs/{p})' not in readme] == []
     assert [link for link in re.findall(r'\(nbs/([^)]+)\)', readme) if link not in pages] == []
+
+
+def test_the_map_stands_at_the_head_of_every_page():
+    from sft_nb.figures import book_map
+    for page in sorted((ROOT/'nbs').glob('0*.ipynb')):
+        cells = json.loads(page.read_text(encoding='utf-8'))['cells'][:4]
+        shown = [c for c in cells if c['cell_type'] == 'code' and 'book_map(' in ''.join(c['source'])]
+        assert len(shown) == 1, f'{page.stem}: no book_map(...) in the first cells'
+        lit = re.findall(r"'(\w+)'", ''.join(shown[0]['source']).partition('book_map(')[2])
+        stored = ''.join(shown[0]['outputs'][0]['data']['text/html'])
+        assert stored == book_map(*lit)._repr_html_(), f'{page.stem}: the stored map is not the one of its call'

@@ -10,14 +10,17 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, assume, given, settings, strategies as st
 from jinja2.exceptions import TemplateError
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sft_nb import chat
 from sft_nb.basics import InputError, load_json, save_json
 from sft_nb.data import as_records
 from sft_nb.templates import TextTemplate, format_input, render_prompt, render_record
-from sft_nb.chat import ChatTemplate, as_jinja, get_template, load_template, save_template, template_names
+from sft_nb.chat import ChatTemplate
+from sft_nb.shelf import as_jinja, get_template, load_template, save_template, template_names
+from sft_nb.tokenizer import JsonTokenizer, get_gpt2_tokenizer, set_start
+from sft_nb.rows import missing_tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 CHAT = [n for n in template_names() if isinstance(get_template(n), ChatTemplate)]
@@ -388,10 +391,56 @@ def test_transformers_reads_what_we_save(tmp_path):
         save_template(tmp_path, name)
         record = record_of([{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello'}])
         loaded = PreTrainedTokenizerFast.from_pretrained(tmp_path)
-        loaded.add_special_tokens(dict(getattr(get_template(name), 'special', ())))
         printed = loaded.apply_chat_template(record.raw['messages'][:1], tokenize=False, add_generation_prompt=True)
         assert printed == render_prompt(record, get_template(name)).text
         assert load_template(tmp_path) == get_template(name) == get_template(tmp_path)
+
+
+def small_tokenizer(kind):
+    "A tokenizer of each kind that model folders hold, with that kind's begin and end tokens"
+    if kind == 'gpt2': return get_gpt2_tokenizer()
+    words = ['Hi. Name a colour, and say it again.', 'Red is one. Blue is one.', 'user assistant system model']*9
+    named = {'pieces': ('<s>', '</s>'), 'unigram': ('<bos>', '<eos>'), 'bytes': (None, '<|im_end|>'), 'llama3': ('<|begin_of_text|>', '<|eot_id|>')}[kind]
+    special = ['<unk>', *(t for t in named if t)]
+    if kind == 'pieces':
+        tok = Tokenizer(models.BPE(unk_token='<unk>', byte_fallback=True))
+        tok.normalizer = normalizers.Sequence([normalizers.Prepend('\u2581'), normalizers.Replace(' ', '\u2581')])
+        trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False)
+    elif kind == 'unigram':
+        tok = Tokenizer(models.Unigram())
+        tok.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme='first')
+        trainer = trainers.UnigramTrainer(vocab_size=60, special_tokens=special, unk_token='<unk>', show_progress=False)
+    else:
+        tok = Tokenizer(models.BPE())
+        tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=special, show_progress=False)
+    tok.train_from_iterator(words, trainer)
+    bos, eos = named
+    if bos: set_start(tok, bos)
+    return JsonTokenizer(tok, kind, eos, config={'bos_token': bos} if bos else {})
+
+
+@pytest.mark.parametrize('kind', ['gpt2', 'pieces', 'unigram', 'bytes', 'llama3'])
+@pytest.mark.parametrize('name', template_names())
+def test_a_saved_folder_prints_the_text_that_was_trained(tmp_path, name, kind):
+    if kind == 'gpt2' and name not in ('alpaca', 'llama3', 'zephyr'): pytest.skip('GPT-2 is large, and its kind is that of bytes')
+    template, tokenizer = get_template(name), small_tokenizer(kind)
+    tokenizer = tokenizer.with_control_tokens(missing_tokens(template, tokenizer))
+    tokenizer.save(tmp_path)
+    save_template(tmp_path, template, tokenizer.start)
+    assert load_template(tmp_path) == template
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    turns = [{'role': 'user', 'content': 'Name a colour'}, {'role': 'assistant', 'content': 'Red'},
+             {'role': 'user', 'content': 'Again'}, {'role': 'assistant', 'content': 'Blue'}]
+    for messages in [turns[:2]] + [turns]*(name in CHAT):
+        record = record_of(messages)
+        front = tokenizer.start if template.bare else ''
+        end = getattr(tokenizer, 'eos', '<|endoftext|>')
+        ours = front + ''.join(s.text or end for s in render_record(record, template).segments)
+        assert theirs.apply_chat_template(messages, tokenize=False) == ours, messages
+        asked = theirs.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+        assert asked == front + render_prompt(record, template).text
 
 
 def test_we_read_what_transformers_saves(tmp_path):
@@ -440,12 +489,12 @@ def test_fingerprints_tell_templates_apart():
     assert replace(one, date='2020-02-02').fingerprint == one.fingerprint
     clock = ChatTemplate('x', "{{ strftime_now('%Y') }}")
     assert replace(clock, date='2020-02-02').fingerprint != clock.fingerprint
-    code = "from sft_nb.chat import *; print(*(get_template(n).fingerprint for n in template_names()))"
+    code = "from sft_nb.shelf import *; print(*(get_template(n).fingerprint for n in template_names()))"
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT,
                          env=os.environ | {'PYTHONHASHSEED': '5'}).stdout
     assert set(out.split()) == prints
 
 
 def test_import_needs_no_torch():
-    code = "import sys, sft_nb.chat; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    code = "import sys, sft_nb.shelf; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT).stdout.strip() == '[]'
