@@ -106,15 +106,15 @@ def _parameters(node, comments):
         if arg is None: yield Parameter('', '', None, '', star)
         elif arg.arg not in ('self', 'cls', 'ctx'):
             shown = None if default is None else _shown_default(default)
-            yield Parameter(arg.arg, unparse(arg.annotation), shown, comments.get(arg.end_lineno, ''), star)
+            closed = node.returns is not None and node.returns.lineno == arg.end_lineno # then the comment tells of what is returned
+            yield Parameter(arg.arg, unparse(arg.annotation), shown, '' if closed else comments.get(arg.end_lineno, ''), star)
 
 
 def _return_comment(node, comments):
     if node.returns is None: return ''
     end = max(node.body[0].lineno-1, node.returns.end_lineno)
     lines = range(node.returns.end_lineno, end+1)
-    inside = {a.end_lineno for a in node.args.posonlyargs + node.args.args + node.args.kwonlyargs}
-    return next((comments[n] for n in lines if n in comments and n not in inside), '')
+    return next((comments[n] for n in lines if n in comments), '')
 
 
 def _decorators(node): return {unparse(d).split('(')[0] for d in node.decorator_list}
