@@ -30,6 +30,7 @@ def site_link(target, page):
     if not file.is_relative_to(ROOT): return target
     inside, up = file.relative_to(ROOT).as_posix(), '../'*page.count('/')
     if inside in PAGES: return f'{up}{PAGES[inside]}.md'
+    if inside.startswith('nbs/') and file.is_dir(): inside, anchor = sorted(file.glob('*.ipynb'))[0].relative_to(ROOT).as_posix(), ''
     if inside.startswith('nbs/') and inside.endswith('.ipynb'):
         return up + inside.removeprefix('nbs/') + (f'#{anchor}' if anchor else '')
     return f"{settings()['git_url']}/blob/{settings()['branch']}/{inside}"
