@@ -16,7 +16,7 @@ import numpy as np
 from scipy.stats import binomtest
 from .basics import InputError, shorten
 from .readers import load_rows
-from .responses import load_meta, load_responses, prompt_and_reference
+from .responses import answer_of, load_meta, load_responses, prompt_and_reference
 from .scores import Scores, words
 from .comparison import Interval, mean_interval
 from .server import Server
@@ -142,7 +142,7 @@ def _row_question(
         raise InputError("judge protocol: 'pairs' compares two answers, and here is one; "
                          "choose 'levels' or 'book'")
     asked, reference = _task(row)
-    answer = row['model_response']
+    answer = answer_of(row)
     prompt = judge_prompt(judge.protocol, asked, reference, answer) if answer.strip() else ''
     return Question(row['id'], prompt, rule=judge.protocol.values[0])
 
@@ -164,7 +164,7 @@ def judge_rows(
     tasks = [prompt_and_reference(r)[0] for r in rows]
     return Judged(tuple(r['id'] for r in rows), tuple(found), judge.identity(), judge.notes,
                   groups=tuple(first.setdefault(task, n) for n, task in enumerate(tasks)),
-                  n_words=tuple(len(words(r['model_response'])) for r in rows))
+                  n_words=tuple(len(words(answer_of(r))) for r in rows))
 
 # %% ../nbs/06i_judge.ipynb #97574862
 def _side(points):
@@ -233,8 +233,8 @@ def pair_questions(
     for row in after:
         if row['id'] not in old: continue
         asked, reference = _task(row)
-        a = old[row['id']]['model_response']
-        b = row['model_response']
+        a = answer_of(old[row['id']])
+        b = answer_of(row)
         for tag, pair in (('ab', (a, b)), ('ba', (b, a))):
             ruled = _pair_rule(*pair)
             prompt = judge_prompt(judge.protocol, asked, reference, *pair) if ruled is None else ''

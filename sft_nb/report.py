@@ -60,11 +60,14 @@ def _health_table(data):
     shown = [('empty', 'empty answers', share),
              ('cut', 'cut at the token limit', share),
              ('repeating', 'repeat themselves', share),
+             ('thinking', 'think before they answer', share),
+             ('calling', 'call tools', share),
              ('n_words', 'median length, words', number),
              ('length_ratio', 'length against the reference', number)]
     lines = []
     for field, label, form in shown:
         values = [getattr(data.health[name], field) for name in files]
+        if field in ('thinking', 'calling') and not any(values): continue
         lines.append([label, *map(form, values)])
     return Table(['', *files], lines)
 
