@@ -7,7 +7,7 @@ __all__ = ['LOSS_ON', 'KINDS', 'READ', 'LEARNED', 'STOP', 'MUTE', 'SPEAKERS', 'O
            'check_loss', 'segment_kinds', 'Row', 'encode_rows', 'Flat', 'flatten_rows', 'learn_weights',
            'encode_record', 'encode_prompt', 'fit_row', 'TokenView', 'view_record']
 
-# %% ../nbs/01c_rows.ipynb #a105f215
+# %% ../nbs/01c_rows.ipynb #c4de072c
 import os, re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -19,7 +19,7 @@ import numpy as np
 from .basics import InputError, check_choice
 from .data import Record, as_records
 from .templates import (
-    STYLES, Rendered, Segment, Template, colored_html, render_prompt, render_record, visible_text)
+    STYLES, Segment, Template, colored_html, render_prompt, render_record, visible_text)
 from .shelf import get_template
 from .tokenizer import Tokenizer
 from .whole_text import encode_segments

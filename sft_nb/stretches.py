@@ -190,8 +190,9 @@ class FreeEncoder(StretchEncoder):
         "All `texts` in one batch"
         return [(ids, None) for ids in self.tokenizer.encode_batch(texts)]
 
-    def share(self, stretch:Stretch, ids:list, places:Any=None)->list: # The ids of each share
+    def share(self, stretch:Stretch, ids:list|None, places:Any=None)->list: # The ids of each share
         "Count the tokens of the short parts off from both ends"
+        if ids is None: return super().share(stretch, ids)
         parts, owners, *_ = stretch
         lengths = [len(part) for part in parts]
         longest = lengths.index(max(lengths))
@@ -261,10 +262,11 @@ class PlacedEncoder(StretchEncoder):
         tokenizer:JsonTokenizer, # Any
     ):
         super().__init__(tokenizer)
-        control = tokenizer.control_tokens
-        self.first = _Renamed(tokenizer.tok, control)
-        same = tokenizer.inside is tokenizer
-        self.later = self.first if same else _Renamed(tokenizer.inside.tok, control)
+        self.forbidden = tokenizer.forbidden
+        self.first = _Renamed(tokenizer.tok, tokenizer.control_tokens)
+        self.later = self.first
+        inside = tokenizer.inside
+        if inside is not tokenizer: self.later = _Renamed(inside.tok, inside.control_tokens)
 
     def tail(self, text:str)->str: # All of it
         "All of `text`, for nothing says where a vocabulary of this kind cuts"
@@ -280,8 +282,7 @@ class PlacedEncoder(StretchEncoder):
             encodings = renamed.tok.encode_batch(marked, add_special_tokens=False)
             for n, encoding in zip(chosen, encodings):
                 ids, first = renamed.read(whole[n], encoding)
-                is_forged = not self.tokenizer.forbidden.isdisjoint(ids)
-                if not is_forged: found[n] = ids, (encoding, first)
+                if self.forbidden.isdisjoint(ids): found[n] = ids, (encoding, first)
         return found
 
     def share(self, stretch:Stretch, ids:list|None, places:Any=None)->list: # The ids of each share
