@@ -45,13 +45,13 @@ def _copy_weight(t, place):
     return '' if torch.isfinite(place).all() else 'has values that are not finite'
 
 # %% ../nbs/04j_loading.ipynb #d6eab65a
-def _fill(model, read, names):
-    "Copy all tensors to their places; what is wrong with some, and the names that have no place"
+def _fill(model, fill, names):
+    "Let `fill` write each tensor into its place; what is wrong with some, and the names that have no place"
     wrong = []
     left = set(names)
     for name, p in model.named_parameters():
         for n, place in file_parts(model.cfg, name, p.data):
-            fault = _copy_weight(read(n), place) if n in left else 'is missing'
+            fault = fill(n, place) if n in left else 'is missing'
             left.discard(n)
             if fault: wrong.append(f'{n} {fault}')
     return wrong, left
@@ -65,10 +65,12 @@ def _filled_model(
     names, # All names in the file
     dtype, # Precision of the weights in memory
     where, # File or folder that errors name
+    *, fill=None, # Function that writes a named tensor into its place; None: what `read` gives is copied
 ):
     "A decoder with a file's weights, raising `InputError` with a list of those that do not fit"
     model = _empty_decoder(cfg, dtype)
-    wrong, left = _fill(model, read, names)
+    def copy(name, place): return _copy_weight(read(name), place)
+    wrong, left = _fill(model, fill or copy, names)
     if cfg.tied and 'lm_head.weight' in left:
         left.remove('lm_head.weight')
         same = not wrong and torch.equal(read('lm_head.weight').to(dtype), model.embed.weight.data)
@@ -235,7 +237,8 @@ def _load_folder(folder, dtype):
 def _load_gguf(path, dtype):
     "A GGUF file: configuration, unpacked weights, tokenizer and template"
     held = read_gguf(path)
-    model = _filled_model(held.cfg, held.read, held.names, dtype or torch.float32, str(path))
+    dtype = dtype or torch.float32
+    model = _filled_model(held.cfg, held.read, held.names, dtype, str(path), fill=held.fill)
     return Loaded(model, held.tokenizer, held.template, str(path), file_sha256(path)[:16])
 
 # %% ../nbs/04j_loading.ipynb #ce600930

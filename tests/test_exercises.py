@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from matplotlib import pyplot
 from make_exercises import FOLDER, refreshed
-from test_handwriting import CHAPTERS
+from test_handwriting import CHAPTERS, PAGES
 
 NOTEBOOKS = sorted(FOLDER.glob('*.ipynb'))
 BAD = (None, ..., 17.25, -91, 'x', [], {}, True, object(), lambda *a, **k: None, lambda: 5, int)
@@ -88,6 +88,7 @@ def test_red_when_empty_and_blue_when_solved(path):
                 said = run(text(cell), names)
                 assert not said.right and re.search('should (give|be)', said.words), (key, bad, said)
                 for source in between: run(source, names) # pictures are drawn of anything
+                pyplot.close('all')
             names.pop(name)
             said = run(text(cell), names)
             assert not said.right and f'{name} is not there' in said.words, (key, said)
@@ -113,5 +114,9 @@ def test_each_exercise_is_whole(path):
 
 
 def test_enough_of_them():
-    "Three to five a chapter"
+    "Three to five a chapter, and one for every second page of the engine at least"
     for chapter in CHAPTERS: assert 3 <= len(exercises(FOLDER/chapter.name)) <= 5, chapter.stem
+    tasks = ''.join(text(cells['task']) for path in NOTEBOOKS for cells in exercises(path).values())
+    pages = {p.stem for p in PAGES} - {p.stem for p in CHAPTERS} - {'000_tour'}
+    asked = pages & set(re.findall(r'\]\(\.\./(\w+)\.ipynb\)', tasks))
+    assert 2*len(asked) >= len(pages), f'{len(asked)} of {len(pages)} pages'

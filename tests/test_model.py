@@ -11,6 +11,7 @@ from toy_hub import toy_hub
 
 from sft_nb import __version__, fetch, flex, saving
 from sft_nb import gguf_file as GF
+from sft_nb import vocabulary as VOC
 from sft_nb.basics import InputError, load_json, save_json
 from sft_nb.rows import Example
 from sft_nb.batches import collate_examples, collate_prompts
@@ -550,7 +551,7 @@ def test_memory_is_bounded(tmp_path):
 def write_gguf(path, hf, qtype='F32', arch=None, tokens=None, rope=None, more=None):
     "A GGUF file of a small `transformers` model, as llama.cpp's converter writes it"
     import gguf
-    c, arch = hf.config, arch or hf.config.model_type
+    c, arch = hf.config, arch or hf.config.model_type.removesuffix('_text')
     w = gguf.GGUFWriter(path, arch)
     q = gguf.GGMLQuantizationType[qtype]
     if arch=='gpt2':
@@ -559,23 +560,26 @@ def write_gguf(path, hf, qtype='F32', arch=None, tokens=None, rope=None, more=No
     else:
         w.add_block_count(c.num_hidden_layers); w.add_context_length(c.max_position_embeddings); w.add_embedding_length(c.hidden_size)
         w.add_head_count(c.num_attention_heads); w.add_head_count_kv(c.num_key_value_heads); w.add_feed_forward_length(c.intermediate_size)
-        w.add_layer_norm_rms_eps(c.rms_norm_eps); w.add_rope_freq_base(c.rope_parameters['rope_theta'])
+        w.add_layer_norm_rms_eps(c.rms_norm_eps); w.add_rope_freq_base(c.rope_parameters.get('full_attention', c.rope_parameters)['rope_theta'])
         d = getattr(c, 'head_dim', None) or c.hidden_size//c.num_attention_heads
         w.add_key_length(d); w.add_value_length(d)
         w.add_rope_dimension_count(int(d*c.rope_parameters.get('partial_rotary_factor', 1.)))
         if getattr(c, 'sliding_window', None): w.add_sliding_window(c.sliding_window)
+        if arch=='gemma2':
+            w.add_attn_logit_softcapping(c.attn_logit_softcapping or 1e9); w.add_final_logit_softcapping(c.final_logit_softcapping or 1e9)
     byte = [chr(b) if 33<=b<=126 or 161<=b<=172 or 174<=b<=255 else None for b in range(256)]
     spare = iter(range(256, 400))
     vocab = [x or chr(next(spare)) for x in byte][:V-2] + ['<s>', '<e>']
     w.add_tokenizer_model('gpt2'); w.add_tokenizer_pre('gpt-2'); w.add_token_list(vocab); w.add_token_types([1]*(V-2) + [3, 3])
     w.add_token_merges([]); w.add_eos_token_id(V-1); w.add_bos_token_id(V-2)
-    names = gguf.get_tensor_name_map(next(a for a in gguf.MODEL_ARCH if gguf.MODEL_ARCH_NAMES[a]==arch), 9)
+    names = gguf.get_tensor_name_map(next(a for a in gguf.MODEL_ARCH if gguf.MODEL_ARCH_NAMES[a]==arch), 12)
     stored = {}
     for n,p in hf.named_parameters():
         p = p.detach()
         if arch=='llama' and re.search(r'[qk]_proj', n):
             d = getattr(c, 'head_dim', None) or c.hidden_size//c.num_attention_heads
             p = p.view(-1, 2, d//2, *p.shape[1:]).transpose(1, 2).reshape(p.shape)
+        if arch.startswith('gemma') and n.endswith('norm.weight'): p = p + 1
         if arch=='gpt2' and re.search(r'c_(attn|proj|fc)\.weight', n): p = p.T
         a = np.ascontiguousarray(p.numpy())
         kind = q if a.ndim==2 and a.shape[-1]%gguf.GGML_QUANT_SIZES[q][0]==0 else gguf.GGMLQuantizationType.F32
@@ -597,7 +601,14 @@ def gguf_model(family, **change):
                     attention_bias=False, mlp_bias=False, rope_parameters=dict(rope_type='default', rope_theta=1e4, partial_rotary_factor=1.)).items():
         if family!='gpt2' and hasattr(config, k): setattr(config, k, v)
     if hasattr(config, 'head_dim'): config.head_dim = 16
-    if getattr(config, 'layer_types', None): config.layer_types = ['full_attention']*2
+    if family.startswith('gemma'):
+        config.query_pre_attn_scalar = 16
+        if family=='gemma2': config.layer_types = ['sliding_attention', 'full_attention']
+        if family=='gemma3':
+            config.layer_types, config.num_hidden_layers = (['sliding_attention']*5 + ['full_attention'])*2, 12
+            config.attn_logit_softcapping = config.final_logit_softcapping = None
+            config.rope_parameters = dict(full_attention=dict(rope_type='default', rope_theta=1e6), sliding_attention=dict(rope_type='default', rope_theta=1e4))
+    elif getattr(config, 'layer_types', None): config.layer_types = ['full_attention']*2
     for k,v in change.items(): setattr(config, k, v)
     torch.manual_seed(3)
     hf = transformers.AutoModelForCausalLM.from_config(config, attn_implementation='eager').eval()
@@ -709,7 +720,7 @@ def test_phi3_control_tokens_swallow_space():
     scores = [0.]*263 + [-float(i) for i in range(len(words))]
     own = dict(model='llama', tokens=tokens, token_type=types, scores=scores, unknown_token_id=0, eos_token_id=3, bos_token_id=1)
     get = {'general.architecture': 'phi3'} | {f'tokenizer.ggml.{k}': v for k,v in own.items()}
-    ours, oracle = GF.gguf_tokenizer(get.get, 'x'), GF.piece_bpe(own.get)
+    ours, oracle = VOC.gguf_tokenizer(get.get, 'x'), VOC.piece_bpe(own.get)
     oracle.add_special_tokens([AddedToken(t, normalized=False, rstrip=r, special=True) for t,r in takes.items()])
     rng, parts = random.Random(5), [*takes, ' ', '\n', '\n\n', 'Hi', 'hi there', ' ho']
     for _ in range(300):
@@ -717,7 +728,7 @@ def test_phi3_control_tokens_swallow_space():
         assert ours.encode_control(text)==oracle.encode(text, add_special_tokens=False).ids, text
     assert [tokens[i] for i in ours.encode_control('<|user|>\nHi<|end|>\n<|assistant|>\n')]==['<|user|>', '▁Hi', '<|end|>', '<|assistant|>']
     for said,start in ((None, '<s>'), (True, '<s>'), (False, '')):
-        assert GF.gguf_tokenizer((get | {'tokenizer.ggml.add_bos_token': said}).get, 'x').start==start
+        assert VOC.gguf_tokenizer((get | {'tokenizer.ggml.add_bos_token': said}).get, 'x').start==start
 
 
 def test_gguf_refusals(tmp_path):
@@ -773,7 +784,7 @@ def test_cuts_equal_transformers():
     ours, theirs = {}, {}
     for cut in ('llama-bpe', 'qwen2', 'gpt-2'):
         settings = lambda key, cut=cut: cut if key=='pre' else get(f'tokenizer.ggml.{key}')
-        ours[cut] = GF.byte_bpe(settings, 'x')
+        ours[cut] = VOC.byte_bpe(settings, 'x')
     pairs = {t: i for i,t in enumerate(get('tokenizer.ggml.tokens'))}, [tuple(m.split(' ')) for m in get('tokenizer.ggml.merges')]
     theirs['qwen2'] = transformers.Qwen2Tokenizer(vocab=pairs[0], merges=pairs[1]).backend_tokenizer
     theirs['gpt-2'] = transformers.GPT2Tokenizer(vocab=pairs[0], merges=pairs[1]).backend_tokenizer
@@ -797,7 +808,7 @@ def test_pieces_equal_true_merges():
     tokens = special + list(model['vocab'])
     made = {''.join(m): -float(i) for i,m in reversed(list(enumerate(merges)))}
     scores = [made.get(t, -1e6) if i>=len(special) else 0. for i,t in enumerate(tokens)]
-    ours = GF.piece_bpe(dict(tokens=tokens, scores=scores, unknown_token_id=0).get)
+    ours = VOC.piece_bpe(dict(tokens=tokens, scores=scores, unknown_token_id=0).get)
     oracle = Tokenizer(models.BPE({t: i for i,t in enumerate(tokens)}, merges, unk_token='<unk>', fuse_unk=True, byte_fallback=True))
     oracle.normalizer = trained.normalizer
     rng = random.Random(2)
