@@ -34,6 +34,7 @@ _MODEL = {
     '--model': ('NAME', 'a folder, a .gguf file, a hub id [smollm2-135m-instruct, fetched once]'),
     '--template': ('NAME', f"one of {', '.join(template_names())} [the model's own, else alpaca]"),
     '--force-template': (True, 'use a tuned model in another template than its own'),
+    '--thinking': ('MODE', 'on, off or record: as each record has it [record]', ('on', 'off', 'record')),
     '--device': ('NAME', 'cpu, cuda, cuda:1 ... [auto: cuda where there is one, else cpu]')}
 
 # %% ../nbs/07a_cli.ipynb #9244d3a1

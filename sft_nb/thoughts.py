@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['THINKING', 'thought_of', 'without_thoughts', 'thinking_switches', 'thinking_words', 'thinking_of', 'empty_thought',
-           'hush_empty_thoughts', 'before_thought', 'end_of_thought']
+           'hush_empty_thoughts', 'before_thought', 'end_of_thought', 'lost_thoughts']
 
 # %% ../nbs/00k_thoughts.ipynb #28d63b64
 import re
@@ -124,3 +124,16 @@ def end_of_thought(
     mark = asked.rstrip()
     closing = '[/THINK]' if mark.endswith('[THINK]') else '</think>'
     return f'\n{closing}\n\n' if asked.endswith('\n') else closing
+
+# %% ../nbs/00k_thoughts.ipynb #2fd5cf4b
+def lost_thoughts(
+    messages:Sequence[Message], # The turns of a record
+    segments:Sequence, # The `Segment`s that a template made of them
+)->int: # 0 or more
+    "How many thoughts a template did not print: `lost_thoughts(record.messages, rendered.segments)`"
+    n_lost = 0
+    for i, m in enumerate(messages):
+        thought = thought_of(m).split()
+        printed = ''.join(s.text for s in segments if s.turn==i) if thought else ''
+        n_lost += ''.join(thought) not in ''.join(printed.split())
+    return n_lost
