@@ -323,7 +323,7 @@ def _cut_in_mode(template, messages, record, asked):
     if template.thinking=='record':
         mode = thinking_of(record)
         template = template._modes[mode]
-    if template.thinking=='off':
+    elif template.thinking=='off':
         plain = without_thoughts(record.messages)
         record = replace(record, messages=plain)
         messages = plain[:len(messages)]
