@@ -7,7 +7,7 @@ __all__ = ['LOSS_ON', 'KINDS', 'READ', 'LEARNED', 'STOP', 'MUTE', 'SPEAKERS', 'O
            'check_loss', 'segment_kinds', 'Row', 'encode_rows', 'Flat', 'flatten_rows', 'learn_weights',
            'encode_record', 'encode_prompt', 'fit_row', 'TokenView', 'view_record']
 
-# %% ../nbs/01c_rows.ipynb #c4de072c
+# %% ../nbs/01c_rows.ipynb #f5ba9309
 import os, re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -23,6 +23,7 @@ from .templates import (
 from .shelf import get_template
 from .tokenizer import Tokenizer
 from .whole_text import encode_segments
+from .thoughts import lost_thoughts
 
 # %% ../nbs/01c_rows.ipynb #ebb6b2e2
 @dataclass(frozen=True, eq=False)
@@ -98,6 +99,7 @@ class Row:
     has_input:bool = False # Is there an input, which stands after its instruction?
     n_after:int = 0 # Messages after the last answer, which are in no segment
     across:tuple = () # Of each border inside a token of the whole text, what the row has not
+    n_lost:int = 0 # Thoughts that the template leaves out
 
     def __len__(self): return sum(map(len, self.ids))
 
@@ -131,6 +133,13 @@ def _make_row(record, rendered, encoded, loss_on):
     return Row(rendered.segments, tuple(encoded.ids), tuple(kinds), record.where, bool(record.input),
                n_after=n_after, across=tuple(encoded.across))
 
+# %% ../nbs/01c_rows.ipynb #83c73727
+def _count_lost(row, record):
+    "The row with the number of thoughts that are in none of its segments"
+    if row.n_after: record = replace(record, messages=record.messages[:-row.n_after])
+    n_lost = lost_thoughts(record.messages, row.segments)
+    return replace(row, n_lost=n_lost) if n_lost else row
+
 # %% ../nbs/01c_rows.ipynb #98f942b7
 def encode_rows(
     records:Iterable[Record], # With answers
@@ -143,7 +152,8 @@ def encode_rows(
     records = list(records)
     rendered = [_with_start(render_record(r, template), tokenizer) for r in records]
     encoded = encode_segments(rendered, tokenizer)
-    return [_make_row(*parts, loss_on) for parts in zip(records, rendered, encoded)]
+    rows = [_make_row(*parts, loss_on) for parts in zip(records, rendered, encoded)]
+    return [_count_lost(*pair) for pair in zip(rows, records)]
 
 # %% ../nbs/01c_rows.ipynb #7336cd01
 SPEAKERS = ('frame', 'system', 'user', 'assistant', 'tool') # whose a segment is; 'frame': the template's
