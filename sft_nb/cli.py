@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from . import __version__
 from .basics import InputError
 from .data import Message, Record
+from .readers import file_kind
 from .split import split_records
 from .templates import TextTemplate
 from .shelf import template_names
@@ -25,18 +26,32 @@ if TYPE_CHECKING: from sft_nb.job import JobConfig
 # %% ../nbs/07a_cli.ipynb #e3b911a2
 _DATA = {
     '--data': ('FILE', "records: JSON, JSONL, .gz, or - for standard input [the project's own 1,100]"),
-    '--drop-broken': (True, 'leave out records that cannot be read, and say how many'),
+    '--drop-broken': (True, 'leave out records that cannot be read or written out, and say how many'),
     '--split-seed': ('N', 'split at random, duplicates kept together [file order]', int)}
 _ENCODE = {
     '--loss-on': ('WHAT', 'all, response, last or message [response]'),
     '--prompt-weight': ('W', 'loss weight of prompt tokens, 0 to 1 [0]', float),
     '--max-length': ('N', "longest row in tokens [the model's context]", int),
-    '--over-long': ('HOW', 'raise, drop, cut_prompt or cut_answer [raise]')}
+    '--over-long': ('HOW', 'raise, drop, cut_prompt or cut_answer [raise]'),
+    '--no-target': ('HOW', 'raise or drop a row in which nothing is learned [raise]', ('raise', 'drop'))}
 _MODEL = {
     '--model': ('NAME', 'a folder, a .gguf file, a hub id [smollm2-135m-instruct, fetched once]'),
     '--template': ('NAME', f"one of {', '.join(template_names())} [the model's own, else alpaca]"),
     '--force-template': (True, 'use a tuned model in another template than its own'),
     '--device': ('NAME', 'cpu, cuda, cuda:1 ... [auto: cuda where there is one, else cpu]')}
+
+# %% ../nbs/07a_cli.ipynb #49092f79
+def _renaming(text):
+    "The two names of A=B"
+    old, _, new = text.partition('=')
+    if old and new: return old, new
+    raise argparse.ArgumentTypeError(f'write A=B, got {text!r}')
+
+# %% ../nbs/07a_cli.ipynb #b0248113
+_COLUMNS = {
+    '--rename': ('A=B', 'read field A as B; may be given several times', [_renaming]),
+    '--carry': ('KEY', 'keep a field unread for the answers (messages.KEY: of a turn); several times', [str]),
+    '--ignore': ('KEY', 'drop a field (messages.KEY: of a turn); several times', [str])}
 
 # %% ../nbs/07a_cli.ipynb #9244d3a1
 _TRAIN = {
@@ -58,7 +73,7 @@ _JUDGE = {
     '--judge-model': ('NAME', 'model there; its key: $SFT_NB_JUDGE_KEY or $OPENAI_API_KEY'),
     '--judge-protocol': ('HOW', 'levels (five, anchored) or book (0 to 100) [levels]', ('levels', 'book')),
     '--judge-workers': ('N', 'questions under way at a time [1 on this machine, 8 elsewhere]', int)}
-_OPTIONS = {'data': _DATA, 'encode': _ENCODE, 'model': _MODEL,
+_OPTIONS = {'data': _DATA | _COLUMNS, 'encode': _ENCODE, 'model': _MODEL,
             'train': _TRAIN, 'answer': _ANSWER, 'judge': _JUDGE}
 
 # %% ../nbs/07a_cli.ipynb #7344df2a
@@ -68,8 +83,10 @@ class _OneLineParser(argparse.ArgumentParser):
 
 # %% ../nbs/07a_cli.ipynb #20cb52fc
 def _kind_of(kind):
-    "The word by which argparse knows a type, or a few allowed words"
-    return 'choices' if kind and isinstance(kind[0], tuple) else 'type'
+    "What argparse is told of a type, of a few allowed words, or of a list that grows with each use"
+    if kind and isinstance(kind[0], tuple): return {'choices': kind[0]}
+    if kind and isinstance(kind[0], list): return {'type': kind[0][0], 'action': 'append'}
+    return {'type': kind[0] if kind else str}
 
 # %% ../nbs/07a_cli.ipynb #4812b7e8
 def _add_options(parser, *groups):
@@ -77,7 +94,7 @@ def _add_options(parser, *groups):
     for group in groups:
         for flag, (value, about, *kind) in _OPTIONS[group].items():
             how:dict[str, Any] = {'help': about, 'default': argparse.SUPPRESS}
-            if value is not True: how |= {'metavar': value, _kind_of(kind): kind[0] if kind else str}
+            if value is not True: how |= {'metavar': value} | _kind_of(kind)
             elif flag.startswith('--no-'): how |= {'action': 'store_false', 'dest': flag[5:]}
             else: how['action'] = 'store_true'
             parser.add_argument(flag, **how)
@@ -113,6 +130,8 @@ def job_config(
     from sft_nb.settings import TrainConfig # torch is not for a quick --help
     from sft_nb.job import JobConfig
     given = {name: value for name, value in vars(args).items() if value is not None}
+    if 'rename' in given: given['rename'] = dict(given['rename'])
+    given |= {name: tuple(given[name]) for name in ('carry', 'ignore') if name in given}
 
     def of(settings): return {f.name: given[f.name] for f in fields(settings) if f.name in given}
 
@@ -138,13 +157,19 @@ def _run(args):
 # %% ../nbs/07a_cli.ipynb #8c26b64e
 def _respond(args):
     "Answer the records of a file, or one part of its split; the records need no answers of their own"
+    from sft_nb.intake import drop_refused # numpy is not for a quick --help
     from sft_nb.job import Job, answer_part, open_model, read_data # torch is not for a quick --help
     path = args.out
     args.out = None # it is a file here, no run folder
+    file_kind(path)
     cfg = job_config(args)
-    source, records = read_data(cfg, need_answer=False)
+    intake = read_data(cfg, need_answer=False)
+    loaded, template, added = open_model(cfg)
+    if cfg.drop_broken:
+        print('dropped  ', drop_refused(intake, template, loaded.tokenizer, need_answer=False))
+    records = intake.records
     if args.part!='all': records = getattr(split_records(records, seed=cfg.split_seed), args.part)
-    answer_part(Job(source, None, *open_model(cfg)), records, path, cfg)
+    answer_part(Job(intake.source, None, loaded, template, added), records, path, cfg)
 
 # %% ../nbs/07a_cli.ipynb #8b575f45
 def _judge(args):
@@ -167,22 +192,29 @@ def _compare(args):
     print(*score_lines(data), *judge_lines(data), sep='\n')
 
 # %% ../nbs/07a_cli.ipynb #66bda9c2
-def _inspect(args):
-    "Show what training would see: the receipt and the first rows token by token"
-    from sft_nb.job import encode_part, row_limit, prepare # torch is not for a quick --help
-    from sft_nb.lint import count_findings, find_leaks, lint_records # nor is numpy
-    from sft_nb.rows import view_record # nor are its neighbours
+def _inspected(args):
+    "The configuration of `inspect`, whose file may stand without its option"
     data = getattr(args, 'data', None)
     if None not in (args.file, data):
         raise InputError(f'inspect: two files to look at, got {args.file!r} and --data {data!r}; '
                          'give one of them')
     if args.file is not None: args.data = args.file
-    cfg = job_config(args)
-    job = prepare(cfg)
-    leaks = find_leaks(job.split)
-    records = [r for part in job.split for r in part]
-    print(f'lint\n{count_findings(lint_records(records))}')
-    print(f'leaks     {len(leaks)} prompts stand in two parts', *leaks[:3], sep='\n  ')
+    return job_config(args)
+
+# %% ../nbs/07a_cli.ipynb #1577ba91
+def _inspect(args):
+    "Show what training would see: the receipt and the first rows token by token"
+    from sft_nb.intake import check_new_file, save_deduped # numpy is not for a quick --help
+    from sft_nb.job import encode_part, row_limit, prepare # nor is torch
+    from sft_nb.rows import view_record # nor are its neighbours
+    cfg = _inspected(args)
+    if args.dedupe: check_new_file(args.dedupe)
+    job = prepare(cfg, need_split=False)
+    if args.dedupe:
+        receipt = save_deduped(job.intake, args.dedupe)
+        print(f"deduped   {args.dedupe}: {receipt['records out']:,} of {receipt['records in']:,} records, "
+              f'{args.dedupe}.receipt.json names the others')
+    print(*('  '+str(leak) for leak in job.look.leaks[:3]), sep='\n')
     print(f'receipt   {encode_part(job, job.split.train, cfg).receipt}')
     for record in job.split.train[:args.rows]:
         print(view_record(record, job.template, job.loaded.tokenizer, loss_on=cfg.loss_on,
@@ -248,6 +280,7 @@ def _add_files(commands):
     commands['compare'].add_argument('after', metavar='B', help='responses file of the second model')
     inspect = commands['inspect']
     inspect.add_argument('file', nargs='?', metavar='DATA', help='the same as --data')
+    inspect.add_argument('--dedupe', metavar='OUT', help='write the records without near duplicates there')
     inspect.add_argument('--rows', type=int, default=3, metavar='N', help='rows to show token by token [3]')
 
 # %% ../nbs/07a_cli.ipynb #9ee5d73c

@@ -18,13 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from .basics import InputError, differences, load_json, save_json
-from .data import Record, summarize_records
-from .readers import default_data_file, load_records
-from .split import split_records
+from .columns import FieldBook
+from .data import Record
+from .readers import default_data_file
 from .machine import choose_device
 from .shelf import get_template
 from .rows import encode_prompt, missing_tokens
 from .dataset import InstructionDataset
+from .intake import (
+    Intake, Look, drop_refused, intake_text, look_notes, look_over, split_or_all, take_in)
 from .loading import Loaded, load_model
 from .saving import resize_vocab, save_model
 from .lora import LoraConfig, add_lora, merge_lora
@@ -65,12 +67,16 @@ class JobConfig:
     data:str|Path|None = None # Records in any format, '-' for standard input; None: the project's own 1,100
     out:str|Path = 'runs/default' # Run folder
     resume:bool = False # Go on with a run that was stopped
-    drop_broken:bool = False # Leave out records that cannot be read, and say how many
+    drop_broken:bool = False # Leave out records that cannot be read or written out, and say how many
+    rename:dict|None = None # The file's names for fields to ours
+    carry:tuple = () # Keys that are kept for the answers and not read
+    ignore:tuple = () # Keys that are dropped
     split_seed:int|None = None # Split at random, duplicates kept together; None: in file order
     loss_on:str = 'response' # 'all', 'response', 'last' or 'message'
     prompt_weight:float = 0. # Loss weight of prompt tokens, 0 to 1
     max_length:int|None = None # Longest row in tokens; None: the model's context
     over_long:str = 'raise' # 'raise', 'drop', 'cut_prompt' or 'cut_answer'
+    no_target:str = 'raise' # 'raise' or 'drop': a row in which nothing is learned
     model:str|Path|None = None # A folder, a .gguf file, a hub name; None: the default model
     template:str|None = None # None: the model's own, else Alpaca
     force_template:bool = False # Use a tuned model in another template than its own
@@ -91,19 +97,21 @@ class Job:
     loaded:Any # `Loaded`: model, tokenizer and where they came from
     template:Any # How a record is written for the model
     added:tuple = () # Ids of control tokens that `template` needs and the model has never met
+    intake:Intake|None = None # What the file gave
+    look:Look|None = None # What a reader of the parts should know
 
 # %% ../nbs/07_job.ipynb #ec22800f
 def read_data(
-    cfg:JobConfig, # `data` and `drop_broken` count
+    cfg:JobConfig, # `data`, `drop_broken`, `rename`, `carry` and `ignore` count
     *, need_answer:bool = True, # Refuse records without an answer?
     say:Callable = print, # Where progress goes
-)->tuple[str, list]: # Where the records came from, and the records
+)->Intake: # The records, and what became of the rest
     "Read the records, raising `InputError` or `FileNotFoundError`"
     source = str(default_data_file() if cfg.data is None else cfg.data)
-    dropped:list|None = [] if cfg.drop_broken else None
-    records = load_records(source, need_answer=need_answer, dropped=dropped)
-    say(f'data      {source}: {summarize_records(records, dropped)}')
-    return source, records
+    book = FieldBook(tuple(cfg.carry), tuple(cfg.ignore))
+    intake = take_in(source, cfg.rename, book, need_answer=need_answer, drop_broken=cfg.drop_broken)
+    say(f'data      {intake_text(intake)}')
+    return intake
 
 # %% ../nbs/07_job.ipynb #009700a7
 def _choose_template(
@@ -156,12 +164,19 @@ def open_model(
 def prepare(
     cfg:JobConfig, # All choices
     say:Callable = print, # Where progress goes
+    *, need_split:bool = True, # Refuse a set that is too small for three parts?
 )->Job: # What a run works with
     "Read, split and load, raising `InputError` before a file is written"
-    source, records = read_data(cfg, say=say)
-    split = split_records(records, seed=cfg.split_seed)
+    intake = read_data(cfg, say=say)
+    seed = cfg.split_seed
+    if not cfg.drop_broken: split_or_all(intake.records, seed, need_split=need_split) # the quick check
+    loaded, template, added = open_model(cfg, say)
+    if cfg.drop_broken: say(f'dropped   {drop_refused(intake, template, loaded.tokenizer)}')
+    split = split_or_all(intake.records, seed, need_split=need_split)
+    look = look_over(split)
     say(f'split     train {len(split.train)}, test {len(split.test)}, validation {len(split.val)}')
-    return Job(source, split, *open_model(cfg, say))
+    say(str(look))
+    return Job(intake.source, split, loaded, template, added, intake, look)
 
 # %% ../nbs/07_job.ipynb #fa2f3e44
 def row_limit(
@@ -175,12 +190,12 @@ def row_limit(
 def encode_part(
     job:Job, # What the run works with
     records:Sequence[Record], # One part of the split
-    cfg:JobConfig, # `loss_on`, `prompt_weight`, `max_length` and `over_long` count
+    cfg:JobConfig, # `loss_on`, `prompt_weight`, `max_length`, `over_long` and `no_target` count
 )->InstructionDataset: # Rows of `Example`s
     "A part of the data as ids, raising `InputError` for rows that cannot be learned"
     return InstructionDataset(
         records, job.loaded.tokenizer, job.template, cfg.loss_on, cfg.prompt_weight,
-        max_length=row_limit(job, cfg), over_long=cfg.over_long)
+        max_length=row_limit(job, cfg), over_long=cfg.over_long, no_target=cfg.no_target)
 
 # %% ../nbs/07_job.ipynb #83c29286
 def _check_questions(
@@ -217,6 +232,7 @@ def answer_part(
 
 # %% ../nbs/07_job.ipynb #16fc9bda
 _KEPT = ('split_seed', 'drop_broken', 'loss_on', 'prompt_weight', 'max_length', 'over_long', 'lora')
+_KEPT_IF_GIVEN = ('rename', 'ignore', 'no_target') # so that folders of earlier versions can be resumed
 
 
 def _run_settings(
@@ -226,7 +242,8 @@ def _run_settings(
     "All that decides what a run learns, as it is kept with the model"
     base = {'base': job.loaded.source, 'base_fingerprint': job.loaded.fingerprint,
             'data': job.source, 'template': job.template.name}
-    return base | {name: getattr(cfg, name) for name in _KEPT} | {'config': asdict(cfg.train)}
+    given = [name for name in _KEPT_IF_GIVEN if getattr(cfg, name)!=getattr(JobConfig, name)]
+    return base | {name: getattr(cfg, name) for name in (*_KEPT, *given)} | {'config': asdict(cfg.train)}
 
 # %% ../nbs/07_job.ipynb #82a78198
 def _check_same_run(
@@ -289,6 +306,7 @@ def _tune(job, checked, cfg, say):
     model = job.loaded.model
     out.mkdir(parents=True, exist_ok=True)
     receipts = {'training': asdict(rows.receipt), 'validation': asdict(val_rows.receipt)}
+    if job.intake: receipts['data'] = job.intake.facts()
     save_json(out/'receipt.json', receipts)
     log = train(model, rows, val_rows, cfg.train, out, resume=cfg.resume, say=say)
     if log.stopped: raise Stopped(f'{out}: {log.stopped}; the same command with --resume goes on')
@@ -330,10 +348,10 @@ def tune_job(
     return Path(cfg.out)/'model'
 
 # %% ../nbs/07_job.ipynb #e59edc05
-def _run_facts(cfg, settings, log):
+def _run_facts(cfg, settings, log, look):
     "What the report tells about the run"
     return RunFacts(
-        f'sft_nb run: {Path(cfg.out).name}', settings | settings['config'],
+        f'sft_nb run: {Path(cfg.out).name}', settings | settings['config'], look_notes(look),
         val_before=log.vals[0].loss, val_after=log.vals[-1].loss, secs={'training': log.secs},
         pictures={'loss.png': ('Training and validation loss', plot_losses(log))})
 
@@ -356,7 +374,7 @@ def run_job(
     log = _train_job(job, checked, cfg, say)
     answer_part(job, job.split.test, files['after'], cfg, say)
     before, after = (load_answers(file) for file in files.values())
-    facts = _run_facts(cfg, settings, log)
+    facts = _run_facts(cfg, settings, log, job.look)
     data = write_report(out, before, after, facts)
     if judge is None: return data
     judged = {name: judge_file(file, judge, cfg.judging) for name, file in files.items()}
@@ -375,7 +393,8 @@ def score_lines(
         if diff.is_known: sure = f'95 % interval {diff.low:+.1f} to {diff.high:+.1f}'
         moved = f'{compared.before:5.1f} -> {compared.after:5.1f}   {diff.mean:+5.1f}'
         lines.append(f'score     {name:20} {moved} ({sure})')
-    return [*lines, f'verdict   {data.headline.compared.verdict}']
+    notes = [f'note      {note}' for note in data.notes]
+    return [*lines, f'verdict   {data.headline.compared.verdict}', *notes]
 
 # %% ../nbs/07_job.ipynb #1551bf7e
 def judge_lines(
