@@ -18,21 +18,22 @@ if TYPE_CHECKING: # what editors and type checkers see; a test compares it with 
     from .collate import custom_collate_fn as custom_collate_fn
     from .loaders import make_loaders as make_loaders
     from .model import ModelConfig as ModelConfig
-    from .settings import TrainConfig as TrainConfig, load_log as load_log
+    from .choices import JobConfig as JobConfig, LoraConfig as LoraConfig, Sampling as Sampling
+    from .choices import Stops as Stops, TrainConfig as TrainConfig
+    from .settings import load_log as load_log
     from .preflight import check_run as check_run
     from .run import train as train
     from .watch import plot_losses as plot_losses
     from .saving import save_model as save_model
-    from .lora import LoraConfig as LoraConfig, add_lora as add_lora, merge_lora as merge_lora
+    from .lora import add_lora as add_lora, merge_lora as merge_lora
     from .adapters import load_adapter as load_adapter, save_adapter as save_adapter
-    from .sampling import Sampling as Sampling, Stops as Stops
     from .generation import answer_records as answer_records, generate as generate
     from .responses import load_responses as load_responses, save_responses as save_responses
     from .scores import score_responses as score_responses
     from .comparison import compare_scores as compare_scores
     from .server import Server as Server
     from .judge import judge_file as judge_file
-    from .job import JobConfig as JobConfig, run_job as run_job
+    from .job import run_job as run_job
     from .basics import InputError as InputError
 
 

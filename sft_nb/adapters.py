@@ -9,16 +9,15 @@ __all__ = ['save_adapter', 'load_adapter', 'quantize_base']
 import math
 from dataclasses import replace
 from pathlib import Path
-
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-
 from .basics import InputError, load_json, save_json, shorten, whole_folder
 from .decoder import Decoder
 from .families import hf_names
-from .lora import LoraConfig, adapted, adapter_parts, add_lora, linear_parts, trained_rows
+from .choices import LoraConfig
+from .lora import adapted, adapter_parts, add_lora, linear_parts, trained_rows
 
 # %% ../nbs/04m_adapters.ipynb #778dc8f0
 _PREFIX = 'base_model.model.'

@@ -103,6 +103,7 @@ def check_fields(
         value = getattr(settings, f.name)
         kinds = f.type.__args__ if isinstance(f.type, UnionType) else (f.type,)
         if value is None and type(None) in kinds: continue
+        if any(kind not in _KINDS and isinstance(value, kind) for kind in kinds[1:]): continue
         need = _broken_rule(value, kinds[0], f.metadata.get('rule', {}))
         if not need: continue
         where = f'{type(settings).__name__}: {f.name}'

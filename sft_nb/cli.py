@@ -5,23 +5,21 @@
 # %% auto #0
 __all__ = ['job_config', 'main']
 
-# %% ../nbs/07a_cli.ipynb #d58019e7
+# %% ../nbs/07a_cli.ipynb #f2292f59
 import argparse
 import os
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
+from typing import Any
 from . import __version__
 from .basics import InputError
+from .choices import JobConfig, Judging, Stops, TrainConfig
 from .data import Message, Record
 from .readers import file_kind
 from .split import split_records
 from .templates import TextTemplate
 from .shelf import template_names
-
-if TYPE_CHECKING: from sft_nb.job import JobConfig
 
 # %% ../nbs/07a_cli.ipynb #e3b911a2
 _DATA = {
@@ -113,7 +111,6 @@ def _run_folder(args):
 def _judge_of(args):
     "The judge's server and how it is asked; None if no option of the judge was given"
     from sft_nb.server import Server # httpx is not for a quick --help
-    from sft_nb.judge import Judging # nor is scipy
     given = {name: getattr(args, f'judge_{name}', None) for name in ('url', 'model', 'workers', 'protocol')}
     given = {name: value for name, value in given.items() if value is not None}
     if not given.keys() & {'url', 'model', 'workers'}: return None, Judging()
@@ -125,10 +122,8 @@ def _judge_of(args):
 # %% ../nbs/07a_cli.ipynb #9b03f04f
 def job_config(
     args:argparse.Namespace, # Parsed options; those that were left out are missing
-)->'JobConfig': # Everything that was asked for, and the defaults for the rest
+)->JobConfig: # Everything that was asked for, and the defaults for the rest
     "The configuration that the words of a command mean"
-    from sft_nb.settings import TrainConfig # torch is not for a quick --help
-    from sft_nb.job import JobConfig
     given = {name: value for name, value in vars(args).items() if value is not None}
     if 'rename' in given: given['rename'] = dict(given['rename'])
     given |= {name: tuple(given[name]) for name in ('carry', 'ignore') if name in given}
@@ -138,6 +133,7 @@ def job_config(
     judge, judging = _judge_of(args)
     made = {'out': _run_folder(args), 'train': TrainConfig(**of(TrainConfig)),
             'judge': judge, 'judging': judging}
+    if 'max_new' in given: made['until'] = Stops(given['max_new'])
     return JobConfig(**of(JobConfig) | made)
 
 # %% ../nbs/07a_cli.ipynb #1c6cb049
@@ -230,13 +226,13 @@ def _read_line():
 def _chat(args):
     "Talk to a model; an empty line or the end of input ends the talk"
     from sft_nb.rows import encode_prompt # torch is not for a quick --help
-    from sft_nb.sampling import Stops, default_stop_ids # likewise
+    from sft_nb.sampling import default_stop_ids # likewise
     from sft_nb.generation import stream # likewise
     from sft_nb.job import open_model # likewise
     cfg = job_config(args)
     loaded, template, _ = open_model(cfg, say=lambda text: None)
     tokenizer = loaded.tokenizer
-    until = Stops(cfg.max_new, ids=default_stop_ids(loaded.model, tokenizer, template))
+    until = replace(cfg.until, ids=default_stop_ids(loaded.model, tokenizer, template))
     alone = isinstance(template, TextTemplate)
     if alone:
         print(f'template {template.name} holds one question: each is asked without those before it',

@@ -55,8 +55,9 @@ def custom_collate_fn(
     if device is None: device = get_default_device()
 
     def rectangle(rows, fill):
-        filled = [row + [fill]*(to_t - len(row)) for row in rows]
-        return torch.tensor([row[:allowed_max_length] for row in filled]).to(device)
+        filled = [row[:to_t] + [fill]*(to_t - len(row)) for row in rows]
+        cut = [row[:allowed_max_length] for row in filled]
+        return torch.tensor(cut, dtype=torch.int64).to(device)
 
     inputs, targets = zip(*pairs)
     return rectangle(inputs, pad_token_id), rectangle(targets, ignore_token_index)

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['InstructionDataset']
 
-# %% ../nbs/02_dataset.ipynb #3c68f69b
+# %% ../nbs/02_dataset.ipynb #15b7964c
 import inspect
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch.utils.data import Dataset
 
 from .basics import InputError, shorten
 from .readers import load_records
@@ -39,7 +40,7 @@ def _refuse_options(
                          "try template='alpaca'")
 
 # %% ../nbs/02_dataset.ipynb #e37cb287
-class InstructionDataset:
+class InstructionDataset(Dataset):
     "Rows of ids; with a template `Example`s: `InstructionDataset(data, 'gpt2', 'alpaca')`"
     def __init__(self, data:Iterable|str|Path, # Records, dictionaries as a file has them, or a file's path
         tokenizer:Any, # Anything `as_tokenizer` takes

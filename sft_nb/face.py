@@ -24,19 +24,19 @@ FACE = {
     'custom_collate_fn': ('collate', 'inputs, targets = sft_nb.custom_collate_fn(train_rows[:8])'),
     'make_loaders': ('loaders', "loaders = sft_nb.make_loaders(split, 'gpt2', template='alpaca')"),
     'ModelConfig': ('model', 'assert isinstance(loaded.model.cfg, sft_nb.ModelConfig)'),
-    'TrainConfig': ('settings', 'cfg = sft_nb.TrainConfig(epochs=1, lr=1e-3)'),
+    'TrainConfig': ('choices', 'cfg = sft_nb.TrainConfig(epochs=1, lr=1e-3)'),
     'check_run': ('preflight', 'print(sft_nb.check_run(loaded.model, train_rows, cfg=cfg))'),
     'train': ('run', "log = sft_nb.train(loaded.model, train_rows, cfg=cfg, out='runs/mine')"),
     'load_log': ('settings', "log = sft_nb.load_log('runs/mine')"),
     'plot_losses': ('watch', 'sft_nb.plot_losses(log)'),
     'save_model': ('saving', "sft_nb.save_model('tuned', loaded.model, loaded.tokenizer, template)"),
-    'LoraConfig': ('lora', 'small = sft_nb.LoraConfig(rank=4)'),
+    'LoraConfig': ('choices', 'small = sft_nb.LoraConfig(rank=4)'),
     'add_lora': ('lora', 'sft_nb.add_lora(loaded.model, small)'),
     'save_adapter': ('adapters', "sft_nb.save_adapter('adapter', loaded.model)"),
     'merge_lora': ('lora', 'sft_nb.merge_lora(loaded.model)'),
     'load_adapter': ('adapters', "sft_nb.load_adapter('adapter', sft_nb.load_model('some-model').model)"),
-    'Sampling': ('sampling', 'how = sft_nb.Sampling(temperature=.7, top_p=.9)'),
-    'Stops': ('sampling', 'until = sft_nb.Stops(max_new=4)'),
+    'Sampling': ('choices', 'how = sft_nb.Sampling(temperature=.7, top_p=.9)'),
+    'Stops': ('choices', 'until = sft_nb.Stops(max_new=4)'),
     'generate': ('generation', 'said = sft_nb.generate(loaded.model, loaded.tokenizer, [[5, 7], [9]], '
                                'how, until)'),
     'answer_records': ('generation', 'answers = sft_nb.answer_records(loaded.model, loaded.tokenizer, '
@@ -47,7 +47,7 @@ FACE = {
     'compare_scores': ('comparison', 'print(sft_nb.compare_scores(scores, scores))'),
     'Server': ('server', "judge = sft_nb.Server('http://127.0.0.1:8000/v1', 'some-judge')"),
     'judge_file': ('judge', "judged = sft_nb.judge_file('tuned.json', toy_judge)"),
-    'JobConfig': ('job', "job = sft_nb.JobConfig(data='my.json', model='some-model', out='runs/job', "
+    'JobConfig': ('choices', "job = sft_nb.JobConfig(data='my.json', model='some-model', out='runs/job', "
                          'train=cfg)'),
     'run_job': ('job', 'print(sft_nb.run_job(job).headline.compared)'),
     'InputError': ('basics', 'assert issubclass(sft_nb.InputError, ValueError)'),

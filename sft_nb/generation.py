@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from .basics import InputError
+from .said import Said, is_mark, opens_thought, take_apart
 from .templates import TextTemplate
 from .chat import ChatTemplate
 from .tokenizer import Tokenizer
@@ -20,8 +21,8 @@ from .rows import encode_prompt
 from .positions import rope_limit
 from .kernels import softcap
 from .decoder import Decoder
-from .sampling import (
-    Sampling, Stops, TextPieces, answer_text, as_ids, chance_of_each, choose_ids, default_stop_ids)
+from .choices import Sampling, Stops, as_ids
+from .sampling import TextPieces, answer_text, chance_of_each, choose_ids, default_stop_ids
 from .seats import Budget, Draft, RowCache, RowPlan, Seats, StepRows, plan_rows, share_prefix
 
 # %% ../nbs/04p_generation.ipynb #2092455a
@@ -32,6 +33,7 @@ class Answer:
     text:str # The same as text, without the stop
     finish:str # 'stop': the model ended its answer; 'length': `max_new` or the end of the context did
     n_prompt:int # Ids of the prompt
+    parts:Said|None = None # Thought, calls and words, where the record is known
 
     @property
     def n_new(self)->int: # Ids
@@ -308,6 +310,24 @@ def stream(
         if piece := pieces.add(draft.ids, task.until.ids, done=bool(draft.finish)): yield piece
     return Answer(tuple(draft.ids), pieces.sent, draft.finish, len(prompt))
 
+# %% ../nbs/04p_generation.ipynb #1a864351
+def _marked_text(answer, tokenizer, stop_ids):
+    "The text of an answer, with those special tokens that stand around thoughts and calls"
+    known = getattr(tokenizer, 'control_tokens', {})
+    marks = {known[name] for name in known if is_mark(name)}
+    if marks.isdisjoint(answer.ids): return answer.text
+    ids = list(answer.ids)
+    if ids[-1] in stop_ids: ids.pop()
+    hidden = tokenizer.control_ids - marks
+    return tokenizer.decode([i for i in ids if i not in hidden])
+
+# %% ../nbs/04p_generation.ipynb #96b01b74
+def _with_parts(answer, record, prompt, tokenizer, stop_ids):
+    "An `Answer` with its parts"
+    opened = opens_thought(tokenizer.decode(prompt[-12:]))
+    text = _marked_text(answer, tokenizer, stop_ids)
+    return replace(answer, parts=take_apart(text, record.tools, opened=opened))
+
 # %% ../nbs/04p_generation.ipynb #360b0a04
 def answer_records(
     model:Decoder, # Answers
@@ -323,4 +343,6 @@ def answer_records(
     prompts = [encode_prompt(r, template, tokenizer) for r in records]
     check_prompts(model, prompts, [r.where for r in records])
     if until.ids is None: until = replace(until, ids=default_stop_ids(model, tokenizer, template))
-    return generate(model, tokenizer, prompts, how, until, **options)
+    answers = generate(model, tokenizer, prompts, how, until, **options)
+    rows = zip(answers, records, prompts)
+    return [_with_parts(*row, tokenizer, until.ids) for row in rows]

@@ -45,13 +45,13 @@ def _copy_weight(t, place):
     return '' if torch.isfinite(place).all() else 'has values that are not finite'
 
 # %% ../nbs/04j_loading.ipynb #d6eab65a
-def _fill(model, read, names):
-    "Copy all tensors to their places; what is wrong with some, and the names that have no place"
+def _fill(model, fill, names):
+    "Let `fill` write each tensor into its place; what is wrong with some, and the names that have no place"
     wrong = []
     left = set(names)
     for name, p in model.named_parameters():
         for n, place in file_parts(model.cfg, name, p.data):
-            fault = _copy_weight(read(n), place) if n in left else 'is missing'
+            fault = fill(n, place) if n in left else 'is missing'
             left.discard(n)
             if fault: wrong.append(f'{n} {fault}')
     return wrong, left
@@ -65,10 +65,12 @@ def _filled_model(
     names, # All names in the file
     dtype, # Precision of the weights in memory
     where, # File or folder that errors name
+    *, fill=None, # Function that writes a named tensor into its place; None: what `read` gives is copied
 ):
     "A decoder with a file's weights, raising `InputError` with a list of those that do not fit"
     model = _empty_decoder(cfg, dtype)
-    wrong, left = _fill(model, read, names)
+    def copy(name, place): return _copy_weight(read(name), place)
+    wrong, left = _fill(model, fill or copy, names)
     if cfg.tied and 'lm_head.weight' in left:
         left.remove('lm_head.weight')
         same = not wrong and torch.equal(read('lm_head.weight').to(dtype), model.embed.weight.data)
@@ -235,13 +237,34 @@ def _load_folder(folder, dtype):
 def _load_gguf(path, dtype):
     "A GGUF file: configuration, unpacked weights, tokenizer and template"
     held = read_gguf(path)
-    model = _filled_model(held.cfg, held.read, held.names, dtype or torch.float32, str(path))
+    dtype = dtype or torch.float32
+    model = _filled_model(held.cfg, held.read, held.names, dtype, str(path), fill=held.fill)
     return Loaded(model, held.tokenizer, held.template, str(path), file_sha256(path)[:16])
 
-# %% ../nbs/04j_loading.ipynb #e0686cd1
-def _is_hub_name(name):
-    "Whether `name` looks like 'owner/name' or 'owner/name@revision', and not like a path"
-    return bool(re.fullmatch(r'[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?', name)) and not Path(name).parent.is_dir()
+# %% ../nbs/04j_loading.ipynb #ce600930
+def _looks_like_hub(name):
+    "Whether `name` is written as the hub does it, 'owner/name' or 'owner/name@revision'"
+    return bool(re.fullmatch(r'[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?', name))
+
+# %% ../nbs/04j_loading.ipynb #3b6c2844
+def _holds_model(folder):
+    "Whether a folder has a configuration or weights in it"
+    if not folder.is_dir(): return False
+    return any(p.name=='config.json' or p.suffix in ('.safetensors', '.gguf') for p in folder.iterdir())
+
+# %% ../nbs/04j_loading.ipynb #3e3de25f
+def _models_beside(path):
+    "The model folders that stand where `path` would stand"
+    return [str(p) for p in path.parent.glob('*') if (p/'config.json').is_file()]
+
+# %% ../nbs/04j_loading.ipynb #c73c7949
+def _load_from_hub(hub, cache_dir, dtype):
+    "A model of the hub; where the hub fails, `InputError` names the models here that are written alike"
+    try: folder = fetch_from_hub(hub, cache_dir)
+    except InputError as e:
+        beside = _models_beside(Path(hub))
+        raise InputError(f'{e}; {near_misses(hub, beside)}' if beside else str(e)) from None
+    return replace(_load_folder(folder, dtype), source=hub)
 
 # %% ../nbs/04j_loading.ipynb #35b12def
 def load_model(
@@ -254,10 +277,10 @@ def load_model(
         got = _load_gguf(fetch_default_model(cache_dir), dtype)
         return replace(got, source=DEFAULT_MODEL, template=get_template('smollm2'))
     path = Path(name)
-    if path.is_dir(): return _load_folder(path, dtype)
-    if path.suffix=='.gguf': return _load_gguf(path, dtype)
     hub = HUB_NAMES.get(str(name), str(name))
-    if _is_hub_name(hub): return replace(_load_folder(fetch_from_hub(hub, cache_dir), dtype), source=hub)
-    beside = [str(p) for p in path.parent.glob('*') if (p/'config.json').is_file()]
-    known = [DEFAULT_MODEL, *HUB_NAMES, *beside]
+    on_hub = _looks_like_hub(hub)
+    if _holds_model(path) or path.is_dir() and not on_hub: return _load_folder(path, dtype)
+    if path.suffix=='.gguf': return _load_gguf(path, dtype)
+    if on_hub: return _load_from_hub(hub, cache_dir, dtype)
+    known = [DEFAULT_MODEL, *HUB_NAMES, *_models_beside(path)]
     raise InputError(f'model: unknown name {str(name)!r}; {near_misses(str(name), known)}')

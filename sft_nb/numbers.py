@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 from .basics import InputError
-from .responses import load_meta, load_responses, prompt_and_reference, row_ids
+from .responses import (
+    answer_of, load_meta, load_responses, parts_of, prompt_and_reference, row_ids)
 from .scores import METRICS, Scores, response_health, score_responses
 from .comparison import Comparison, agree, compare_scores, score_interval
 from .judge import load_points
@@ -78,6 +79,12 @@ def _pick_rows(after, before=None, judge=None, k=10):
         picked['judge and reference disagree'] = sorted(far, key=apart.__getitem__, reverse=True)[:k]
     return {heading: names for heading, names in picked.items() if names}
 
+# %% ../nbs/06k_numbers.ipynb #22dff4d8
+def _shown_answer(row):
+    "What the page shows of an answer"
+    thought = parts_of(row).thought
+    return f'(thought) {thought}\n\n(answer) {answer_of(row)}' if thought else answer_of(row)
+
 # %% ../nbs/06k_numbers.ipynb #40000e10
 def _shown_rows(names, before, after):
     "What the page shows of some rows"
@@ -88,8 +95,8 @@ def _shown_rows(names, before, after):
     shown = []
     for name in names:
         asked, wanted = prompt_and_reference(new[name])
-        said = new[name]['model_response']
-        said_before = old[name]['model_response'] if name in old else None
+        said = _shown_answer(new[name])
+        said_before = _shown_answer(old[name]) if name in old else None
         shown.append(ShownRow(name, asked, wanted, said, points[name], said_before, was.get(name)))
     return shown
 

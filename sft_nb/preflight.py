@@ -16,7 +16,8 @@ from .machine import choose_dtype, free_memory, peak_memory
 from .tokenizer import Tokenizer
 from .decoder import Decoder
 from .optimizer import FlatAdamW
-from .settings import TrainConfig, plain_parts, run_bytes, step_rows
+from .choices import TrainConfig
+from .settings import plain_parts, run_bytes, step_rows
 from .steps import accumulate, block_options, micro_batches, validate
 
 # %% ../nbs/05g_preflight.ipynb #d229d0e3

@@ -8,10 +8,10 @@ __all__ = ['report_page', 'write_report', 'judge_report', 'compare_files']
 # %% ../nbs/06l_report.ipynb #b2190a06
 from pathlib import Path
 from typing import Any
-
 from .basics import save_json, write_atomic
 from .server import Server
-from .judge import Judging, judge_file, judge_pair_files
+from .choices import Judging
+from .judge import judge_file, judge_pair_files
 from .pages import JudgeNotes, Page, Table, draw_pictures, page_html, page_markdown, short_number
 from .numbers import ReportData, RunFacts, load_answers, report_data, report_json
 
@@ -60,11 +60,14 @@ def _health_table(data):
     shown = [('empty', 'empty answers', share),
              ('cut', 'cut at the token limit', share),
              ('repeating', 'repeat themselves', share),
+             ('thinking', 'think before they answer', share),
+             ('calling', 'call tools', share),
              ('n_words', 'median length, words', number),
              ('length_ratio', 'length against the reference', number)]
     lines = []
     for field, label, form in shown:
         values = [getattr(data.health[name], field) for name in files]
+        if field in ('thinking', 'calling') and not any(values): continue
         lines.append([label, *map(form, values)])
     return Table(['', *files], lines)
 

@@ -23,8 +23,8 @@ from .batches import Batch, lay_flat
 from .decoder import Decoder
 from .optimizer import FlatAdamW, Optimizer
 from .checkpoints import StopFlag, newest_checkpoint, read_tensors, save_checkpoint, stop_signals
-from .settings import (
-    StepLog, TrainConfig, TrainLog, ValLog, describe_run, load_log, log_line, lr_at, step_rows)
+from .choices import TrainConfig
+from .settings import StepLog, TrainLog, ValLog, describe_run, load_log, log_line, lr_at, step_rows
 from .steps import RunPlan, World, accumulate, block_options, micro_batches, processes, validate
 
 # %% ../nbs/05f_run.ipynb #ea134149

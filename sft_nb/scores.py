@@ -21,7 +21,9 @@ import numpy as np
 import regex
 from .basics import InputError
 from .evaluation import exact
-from .responses import load_responses, prompt_and_reference, row_ids
+from .data import as_records
+from .responses import answer_of, load_responses, parts_of, prompt_and_reference, row_ids, wanted_of
+from .call_scores import CALL_METRICS, score_calls
 
 # %% ../nbs/06b_scores.ipynb #c9a74b10
 _WORD = regex.compile(
@@ -64,11 +66,15 @@ class Health:
     repeating:float # At least half of the answer repeats itself
     n_words:float # Median words of an answer
     length_ratio:float # Median words of an answer, as a multiple of its reference's; NaN without references
+    thinking:float = 0. # A thought stands in front of the answer
+    calling:float = 0. # A tool is called
 
     def __str__(self):
+        more = ''.join(f', {share:.1%} {what}' for share, what in
+                       [(self.thinking, 'think'), (self.calling, 'call tools')] if share)
         cut = 'unknown' if self.cut is None else f'{self.cut:.1%}'
         return (f'{self.n} answers: {self.empty:.1%} empty, {cut} cut at the token limit, '
-                f'{self.repeating:.1%} repeat themselves; '
+                f'{self.repeating:.1%} repeat themselves{more}; '
                 f'median {self.n_words:.0f} words, {self.length_ratio:.2f} times the reference')
 
 # %% ../nbs/06b_scores.ipynb #10000b13
@@ -84,7 +90,8 @@ def response_health(
     meta:dict|None = None, # Its sidecar's content
 )->Health: # Rates and lengths
     "Rates of empty, cut and repeating answers, and how long they are"
-    said = [row['model_response'] for row in rows]
+    parts = [parts_of(row) for row in rows]
+    said = [answer_of(row) for row in rows]
     n_said = [len(words(text)) for text in said]
     n_wanted = [len(words(prompt_and_reference(row)[1] or '')) for row in rows]
     ratios = [got/wanted for got, wanted in zip(n_said, n_wanted) if wanted]
@@ -92,9 +99,11 @@ def response_health(
         n=len(rows),
         empty=float(np.mean([not text.strip() for text in said])),
         cut=_share_cut(rows, (meta or {}).get('rows', {})),
-        repeating=float(np.mean([_repeated_share(text)>=0.5 for text in said])),
+        repeating=float(np.mean([_repeated_share(row['model_response'])>=0.5 for row in rows])),
         n_words=float(np.median(n_said)),
-        length_ratio=float(np.median(ratios)) if ratios else math.nan)
+        length_ratio=float(np.median(ratios)) if ratios else math.nan,
+        thinking=float(np.mean([bool(part.thought) for part in parts])),
+        calling=float(np.mean([bool(part.calls) for part in parts])))
 
 # %% ../nbs/06b_scores.ipynb #35e820ba
 def _exact(asked, reference, answer):
@@ -240,15 +249,17 @@ METRICS:dict[str, tuple[Callable|None, str]] = {
     'number_agreement': (
         number_agreement, 'everything but numbers; wrong extra numbers; what a number belongs to'),
     'rouge_l': (None, 'meaning: shared word order only'),
-}
+} | {name: (None, blind) for name, blind in CALL_METRICS.items()}
 
 # %% ../nbs/06b_scores.ipynb #4ff8910f
 def _task_kind(row):
-    "The row's own kind, or one told by its reference: 'number', 'rewrite', 'short' (to 5 words) or 'open'"
+    "The row's own kind, or one told by its reference: 'call', 'number', 'rewrite', 'short' or 'open'"
     for name in ('kind', 'category', 'task'):
         if isinstance(row.get(name), str) and row[name].strip(): return row[name].strip()
+    wanted = wanted_of(as_records([row], need_answer=False)[0])
+    if wanted is None: return 'no reference'
+    if wanted.calls: return 'call'
     asked, reference = prompt_and_reference(row)
-    if reference is None: return 'no reference'
     if set(numbers_in(reference))-set(numbers_in(asked)): return 'number'
     want = words(reference)
     given = words(asked)
@@ -305,6 +316,17 @@ def _apply(triples, embed, rouge):
 _MADE_OF = {True: 'from cosine, new words and numbers',
             False: 'from chrF++, new words and numbers (no embedder installed)'}
 
+# %% ../nbs/06b_scores.ipynb #ed96e8c7
+def _score_calls(rows):
+    "Metric name -> one score for each of the `rows`, if calls are wanted or made in any of them"
+    found:dict = {name: [] for name in CALL_METRICS}
+    for row in rows:
+        record = as_records([row], need_answer=False)[0]
+        wanted = wanted_of(record)
+        scores = score_calls(wanted.calls if wanted else [], parts_of(row).calls, record.tools)
+        for name, score in scores.items(): found[name].append(score)
+    return {name: scores for name, scores in found.items() if not np.isnan(scores).all()}
+
 # %% ../nbs/06b_scores.ipynb #10000b35
 def _spread(found, here, n_rows):
     "Metric name -> array over all rows, NaN but for the rows `here`, in the order of `METRICS`"
@@ -318,12 +340,13 @@ def score_responses(
     embed:Any = 'auto', # An embedder; 'auto': the packaged one if it is installed; None: do without
     rouge:bool = False, # Compute ROUGE-L too?
 )->Scores: # Every metric for every row
-    "Agreement of each row's `model_response` with its reference: `print(score_responses('responses.json'))`"
+    "Agreement of each row's answer with its reference: `print(score_responses('responses.json'))`"
     rows = load_responses(rows) if isinstance(rows, (str, Path)) else list(rows)
     embed = load_embedder() if embed=='auto' else embed
     tasks = [prompt_and_reference(row) for row in rows]
     here = [n for n, (_, reference) in enumerate(tasks) if reference is not None]
-    found = _apply([(*tasks[n], rows[n]['model_response']) for n in here], embed, rouge)
+    found = _apply([(*tasks[n], answer_of(rows[n])) for n in here], embed, rouge)
+    found |= _score_calls([rows[n] for n in here])
     made_of = {'reference_agreement': _MADE_OF[embed is not None],
                'chrf': f'sacrebleu chrF2++|{_chrf().get_signature()}' if here else ''}
     number = {asked: n for n, asked in enumerate(dict.fromkeys(asked for asked, _ in tasks))}
@@ -333,4 +356,4 @@ def score_responses(
         made_of=made_of,
         kinds=tuple(map(_task_kind, rows)),
         groups=tuple(number[asked] for asked, _ in tasks),
-        n_words=tuple(len(words(row['model_response'])) for row in rows))
+        n_words=tuple(len(words(answer_of(row))) for row in rows))

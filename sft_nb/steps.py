@@ -20,7 +20,8 @@ from .batches import Batch, lay_flat
 from .attention import Shortcuts
 from .flex import check_trains
 from .decoder import Decoder, batch_loss, compile_blocks
-from .settings import TrainConfig, run_identity
+from .choices import TrainConfig
+from .settings import run_identity
 
 # %% ../nbs/05e_steps.ipynb #5889475d
 def micro_batches(

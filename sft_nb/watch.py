@@ -14,9 +14,10 @@ from matplotlib.figure import Figure
 from .basics import InputError
 from .figures import COLORS
 from .tokenizer import Tokenizer
-from .sampling import Stops
+from .choices import Stops
 from .generation import generate
-from .settings import StepLog, TrainConfig, TrainLog, ValLog
+from .choices import TrainConfig
+from .settings import StepLog, TrainLog, ValLog
 
 # %% ../nbs/05h_watch.ipynb #edb71ce8
 def _smoothed(

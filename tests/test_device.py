@@ -41,8 +41,8 @@ def main(folder):
     from test_training import CFG, DATA, tiny
     from sft_nb.loading import load_model
     from sft_nb.saving import save_model
-    from sft_nb.lora import LoraConfig, add_lora, merge_lora
-    from sft_nb.sampling import Stops
+    from sft_nb.choices import LoraConfig, Stops
+    from sft_nb.lora import add_lora, merge_lora
     from sft_nb.generation import generate
     from sft_nb.run import train
     torch.set_num_threads(1)

@@ -15,8 +15,9 @@ from sft_nb.rows import encode_prompt
 from sft_nb.model import ModelConfig, plain_answer
 from sft_nb.decoder import Decoder
 from sft_nb.loading import load_model
+from sft_nb.choices import Sampling, Stops
 from sft_nb.sampling import (
-    Sampling, Stops, TextPieces, answer_text, choose_ids, keep_min_p, keep_top_k, keep_top_p, penalise_seen)
+    TextPieces, answer_text, choose_ids, keep_min_p, keep_top_k, keep_top_p, penalise_seen)
 from sft_nb.seats import Budget
 from sft_nb.generation import Ready, generate, stream
 

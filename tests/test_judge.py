@@ -17,11 +17,13 @@ from test_evaluation import kill_when_grown
 
 from sft_nb.basics import InputError
 from sft_nb.responses import answer_file, load_responses, save_responses
-from sft_nb.server import Patience, Server, Wish, chat, first_reply
+from sft_nb.choices import Patience
+from sft_nb.server import Server, Wish, chat, first_reply
 from sft_nb.respond import respond_file, server_answers
 from sft_nb.verdicts import check_judge, get_protocol, judge_prompt, quote, read_cut_verdict, read_verdict
 from sft_nb.ledger import FINAL, JudgeStopped
-from sft_nb.judge import Judging, judge_file as judge_at, judge_pair_files as judge_pairs_at
+from sft_nb.choices import Judging
+from sft_nb.judge import judge_file as judge_at, judge_pair_files as judge_pairs_at
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = 'oak ash elm fir yew beech birch alder maple larch pine cedar palm fig plum pear apple cherry olive lime'.split()

@@ -11,13 +11,14 @@ from sft_nb.model import plain_answer
 from sft_nb.decoder import batch_loss
 from sft_nb.loading import load_model
 from sft_nb.saving import save_model
+from sft_nb.choices import LoraConfig
 from sft_nb.lora import (
-    LoraConfig, Share, adapted, add_lora, find_targets, merge_lora, remove_lora, trainable_share,
-    unmoved_tokens)
+    Share, adapted, add_lora, find_targets, merge_lora, remove_lora, trainable_share, unmoved_tokens)
 from sft_nb.adapters import load_adapter, quantize_base, save_adapter
-from sft_nb.sampling import Stops
+from sft_nb.choices import Stops
 from sft_nb.generation import generate
-from sft_nb.settings import TrainConfig, describe_run
+from sft_nb.choices import TrainConfig
+from sft_nb.settings import describe_run
 from sft_nb.steps import RunPlan, World
 from sft_nb.run import train
 

@@ -1,6 +1,5 @@
 "Our decoder against `transformers`: nine families, files in every form, and everything that can be wrong with them"
 import json, os, random, re, subprocess, sys, threading, textwrap, zipfile
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +7,11 @@ import pytest
 import torch
 import transformers
 from torch.testing import assert_close
+from toy_hub import toy_hub
 
 from sft_nb import __version__, fetch, flex, saving
 from sft_nb import gguf_file as GF
+from sft_nb import vocabulary as VOC
 from sft_nb.basics import InputError, load_json, save_json
 from sft_nb.rows import Example
 from sft_nb.batches import collate_examples, collate_prompts
@@ -550,7 +551,7 @@ def test_memory_is_bounded(tmp_path):
 def write_gguf(path, hf, qtype='F32', arch=None, tokens=None, rope=None, more=None):
     "A GGUF file of a small `transformers` model, as llama.cpp's converter writes it"
     import gguf
-    c, arch = hf.config, arch or hf.config.model_type
+    c, arch = hf.config, arch or hf.config.model_type.removesuffix('_text')
     w = gguf.GGUFWriter(path, arch)
     q = gguf.GGMLQuantizationType[qtype]
     if arch=='gpt2':
@@ -559,23 +560,26 @@ def write_gguf(path, hf, qtype='F32', arch=None, tokens=None, rope=None, more=No
     else:
         w.add_block_count(c.num_hidden_layers); w.add_context_length(c.max_position_embeddings); w.add_embedding_length(c.hidden_size)
         w.add_head_count(c.num_attention_heads); w.add_head_count_kv(c.num_key_value_heads); w.add_feed_forward_length(c.intermediate_size)
-        w.add_layer_norm_rms_eps(c.rms_norm_eps); w.add_rope_freq_base(c.rope_parameters['rope_theta'])
+        w.add_layer_norm_rms_eps(c.rms_norm_eps); w.add_rope_freq_base(c.rope_parameters.get('full_attention', c.rope_parameters)['rope_theta'])
         d = getattr(c, 'head_dim', None) or c.hidden_size//c.num_attention_heads
         w.add_key_length(d); w.add_value_length(d)
         w.add_rope_dimension_count(int(d*c.rope_parameters.get('partial_rotary_factor', 1.)))
         if getattr(c, 'sliding_window', None): w.add_sliding_window(c.sliding_window)
+        if arch=='gemma2':
+            w.add_attn_logit_softcapping(c.attn_logit_softcapping or 1e9); w.add_final_logit_softcapping(c.final_logit_softcapping or 1e9)
     byte = [chr(b) if 33<=b<=126 or 161<=b<=172 or 174<=b<=255 else None for b in range(256)]
     spare = iter(range(256, 400))
     vocab = [x or chr(next(spare)) for x in byte][:V-2] + ['<s>', '<e>']
     w.add_tokenizer_model('gpt2'); w.add_tokenizer_pre('gpt-2'); w.add_token_list(vocab); w.add_token_types([1]*(V-2) + [3, 3])
     w.add_token_merges([]); w.add_eos_token_id(V-1); w.add_bos_token_id(V-2)
-    names = gguf.get_tensor_name_map(next(a for a in gguf.MODEL_ARCH if gguf.MODEL_ARCH_NAMES[a]==arch), 9)
+    names = gguf.get_tensor_name_map(next(a for a in gguf.MODEL_ARCH if gguf.MODEL_ARCH_NAMES[a]==arch), 12)
     stored = {}
     for n,p in hf.named_parameters():
         p = p.detach()
         if arch=='llama' and re.search(r'[qk]_proj', n):
             d = getattr(c, 'head_dim', None) or c.hidden_size//c.num_attention_heads
             p = p.view(-1, 2, d//2, *p.shape[1:]).transpose(1, 2).reshape(p.shape)
+        if arch.startswith('gemma') and n.endswith('norm.weight'): p = p + 1
         if arch=='gpt2' and re.search(r'c_(attn|proj|fc)\.weight', n): p = p.T
         a = np.ascontiguousarray(p.numpy())
         kind = q if a.ndim==2 and a.shape[-1]%gguf.GGML_QUANT_SIZES[q][0]==0 else gguf.GGMLQuantizationType.F32
@@ -597,7 +601,14 @@ def gguf_model(family, **change):
                     attention_bias=False, mlp_bias=False, rope_parameters=dict(rope_type='default', rope_theta=1e4, partial_rotary_factor=1.)).items():
         if family!='gpt2' and hasattr(config, k): setattr(config, k, v)
     if hasattr(config, 'head_dim'): config.head_dim = 16
-    if getattr(config, 'layer_types', None): config.layer_types = ['full_attention']*2
+    if family.startswith('gemma'):
+        config.query_pre_attn_scalar = 16
+        if family=='gemma2': config.layer_types = ['sliding_attention', 'full_attention']
+        if family=='gemma3':
+            config.layer_types, config.num_hidden_layers = (['sliding_attention']*5 + ['full_attention'])*2, 12
+            config.attn_logit_softcapping = config.final_logit_softcapping = None
+            config.rope_parameters = dict(full_attention=dict(rope_type='default', rope_theta=1e6), sliding_attention=dict(rope_type='default', rope_theta=1e4))
+    elif getattr(config, 'layer_types', None): config.layer_types = ['full_attention']*2
     for k,v in change.items(): setattr(config, k, v)
     torch.manual_seed(3)
     hf = transformers.AutoModelForCausalLM.from_config(config, attn_implementation='eager').eval()
@@ -709,7 +720,7 @@ def test_phi3_control_tokens_swallow_space():
     scores = [0.]*263 + [-float(i) for i in range(len(words))]
     own = dict(model='llama', tokens=tokens, token_type=types, scores=scores, unknown_token_id=0, eos_token_id=3, bos_token_id=1)
     get = {'general.architecture': 'phi3'} | {f'tokenizer.ggml.{k}': v for k,v in own.items()}
-    ours, oracle = GF.gguf_tokenizer(get.get, 'x'), GF.piece_bpe(own.get)
+    ours, oracle = VOC.gguf_tokenizer(get.get, 'x'), VOC.piece_bpe(own.get)
     oracle.add_special_tokens([AddedToken(t, normalized=False, rstrip=r, special=True) for t,r in takes.items()])
     rng, parts = random.Random(5), [*takes, ' ', '\n', '\n\n', 'Hi', 'hi there', ' ho']
     for _ in range(300):
@@ -717,7 +728,7 @@ def test_phi3_control_tokens_swallow_space():
         assert ours.encode_control(text)==oracle.encode(text, add_special_tokens=False).ids, text
     assert [tokens[i] for i in ours.encode_control('<|user|>\nHi<|end|>\n<|assistant|>\n')]==['<|user|>', '▁Hi', '<|end|>', '<|assistant|>']
     for said,start in ((None, '<s>'), (True, '<s>'), (False, '')):
-        assert GF.gguf_tokenizer((get | {'tokenizer.ggml.add_bos_token': said}).get, 'x').start==start
+        assert VOC.gguf_tokenizer((get | {'tokenizer.ggml.add_bos_token': said}).get, 'x').start==start
 
 
 def test_gguf_refusals(tmp_path):
@@ -773,7 +784,7 @@ def test_cuts_equal_transformers():
     ours, theirs = {}, {}
     for cut in ('llama-bpe', 'qwen2', 'gpt-2'):
         settings = lambda key, cut=cut: cut if key=='pre' else get(f'tokenizer.ggml.{key}')
-        ours[cut] = GF.byte_bpe(settings, 'x')
+        ours[cut] = VOC.byte_bpe(settings, 'x')
     pairs = {t: i for i,t in enumerate(get('tokenizer.ggml.tokens'))}, [tuple(m.split(' ')) for m in get('tokenizer.ggml.merges')]
     theirs['qwen2'] = transformers.Qwen2Tokenizer(vocab=pairs[0], merges=pairs[1]).backend_tokenizer
     theirs['gpt-2'] = transformers.GPT2Tokenizer(vocab=pairs[0], merges=pairs[1]).backend_tokenizer
@@ -797,7 +808,7 @@ def test_pieces_equal_true_merges():
     tokens = special + list(model['vocab'])
     made = {''.join(m): -float(i) for i,m in reversed(list(enumerate(merges)))}
     scores = [made.get(t, -1e6) if i>=len(special) else 0. for i,t in enumerate(tokens)]
-    ours = GF.piece_bpe(dict(tokens=tokens, scores=scores, unknown_token_id=0).get)
+    ours = VOC.piece_bpe(dict(tokens=tokens, scores=scores, unknown_token_id=0).get)
     oracle = Tokenizer(models.BPE({t: i for i,t in enumerate(tokens)}, merges, unk_token='<unk>', fuse_unk=True, byte_fallback=True))
     oracle.normalizer = trained.normalizer
     rng = random.Random(2)
@@ -857,31 +868,6 @@ def test_two_at_once_do_not_collide(wheel):
     assert sum('fetching' in s for s in said)==1
 
 
-class Hub(BaseHTTPRequestHandler):
-    "As much of the hub's protocol as a download needs"
-    folder = None
-    def log_message(self, *a): pass
-    def do_HEAD(self): self.do_GET(body=False)
-    def do_GET(self, body=True):
-        import hashlib, json
-        path, commit = self.path.split('?')[0], 'a'*40
-        if m:=re.fullmatch(r'/api/models/toys/tiny/(?:revision|tree)/([^/]+)(/.*)?', path):
-            if m[1] not in ('main', 'v2', commit): return self.answer(404, b'{}', {'X-Error-Code': 'RevisionNotFound'}, body)
-            files = sorted(p.name for p in self.folder.iterdir())
-            if '/tree/' in path: data = [dict(type='file', path=f, size=(self.folder/f).stat().st_size, oid='0'*40) for f in files]
-            else: data = dict(id='toys/tiny', modelId='toys/tiny', sha=commit, siblings=[dict(rfilename=f) for f in files])
-            return self.answer(200, json.dumps(data).encode(), {'Content-Type': 'application/json'}, body)
-        if m:=re.fullmatch(r'/toys/tiny/resolve/([^/]+)/(.+)', path):
-            data = (self.folder/m[2]).read_bytes()
-            return self.answer(200, data, {'X-Repo-Commit': commit, 'ETag': f'"{hashlib.sha256(data).hexdigest()}"'}, body)
-        self.answer(404, b'{}', {'X-Error-Code': 'RepoNotFound'}, body)
-    def answer(self, status, data, headers, body):
-        self.send_response(status)
-        for k,v in (headers | {'Content-Length': str(len(data))}).items(): self.send_header(k, v)
-        self.end_headers()
-        if body: self.wfile.write(data)
-
-
 def test_hub(tmp_path):
     "Names are fetched from the server in HF_ENDPOINT; pickles and programs are not even asked for"
     hf = random_model('qwen2', 1)
@@ -889,14 +875,6 @@ def test_hub(tmp_path):
     torch.save({}, tmp_path/'repo'/'pytorch_model.bin')
     (tmp_path/'repo'/'modeling_tiny.py').write_text('raise SystemExit')
     (tmp_path/'repo'/'tokenizer.model').write_bytes(b'pieces')
-    asked = []
-    class Here(Hub):
-        folder = tmp_path/'repo'
-        def do_GET(self, body=True):
-            asked.append(self.path)
-            super().do_GET(body)
-    server = ThreadingHTTPServer(('127.0.0.1', 0), Here)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     code = f"""
         import torch
         from sft_nb.basics import InputError
@@ -907,10 +885,8 @@ def test_hub(tmp_path):
             try: load_model(name)
             except InputError as e: print(e)"""
     torch.save(ids_of(2, 15), tmp_path/'ids')
-    env = os.environ | dict(HF_ENDPOINT=f'http://127.0.0.1:{server.server_port}', HF_HOME=str(tmp_path/'home'), HF_HUB_DISABLE_XET='1', OMP_NUM_THREADS='1')
-    env.pop('HF_HUB_OFFLINE', None)
-    run = subprocess.run([sys.executable, '-c', textwrap.dedent(code)], cwd=ROOT, env=env, capture_output=True, text=True)
-    server.shutdown()
+    with toy_hub({'toys/tiny': tmp_path/'repo'}, tmp_path/'home') as (env, asked):
+        run = subprocess.run([sys.executable, '-c', textwrap.dedent(code)], cwd=ROOT, env=os.environ | env, capture_output=True, text=True)
     assert run.returncode==0, run.stderr[-3000:]
     source, logits = torch.load(tmp_path/'out')
     assert source=='toys/tiny@v2'

@@ -122,6 +122,27 @@ def test_collate_equals_the_notes(seed):
     assert rows == keep
 
 
+@pytest.mark.parametrize('rows', [[[]], [[], []], [[], [5, 6]], [[5], [], [7, 8, 9]], [[50256], []]])
+@pytest.mark.parametrize('longest', [None, 0, 1, 4])
+def test_empty_rows_have_the_notes_shapes(rows, longest):
+    ours, theirs = (f(rows, allowed_max_length=longest, device='cpu') for f in (custom_collate_fn, notes_collate))
+    for a, b in zip(ours, theirs): assert a.shape == b.shape and a.tolist() == b.tolist() and a.dtype == torch.int64
+
+
+def test_no_rows_at_all_are_refused():
+    for f in (custom_collate_fn, notes_collate):
+        with pytest.raises(ValueError): f([], device='cpu')
+
+
+def test_dataset_is_one_of_torch(tokenizer):
+    dataset = InstructionDataset(DATA[:20], tokenizer)
+    assert isinstance(dataset, torch.utils.data.Dataset)
+    first, second = torch.utils.data.random_split(dataset, [15, 5], torch.Generator().manual_seed(1))
+    assert sorted(map(tuple, [*first, *second])) == sorted(map(tuple, dataset))
+    both = dataset + InstructionDataset(DATA[20:23], tokenizer, 'alpaca')
+    assert len(both) == 23 and both[2] == dataset[2] and hasattr(both[22], 'learn')
+
+
 def test_loaders_equal_the_notes(tokenizer):
     train, test, val = DATA[:935], DATA[935:1045], DATA[1045:]
     collate = partial(custom_collate_fn, device='cpu', allowed_max_length=1024)
@@ -140,3 +161,33 @@ def test_loaders_equal_the_notes(tokenizer):
 
 def test_default_device_is_a_device():
     assert get_default_device().type in ('cpu', 'cuda', 'mps')
+
+
+ANSWERED = ROOT/'data/sft/test/instruction-data-with-response.json'
+
+
+def test_the_answered_test_set_is_the_test_part():
+    rows = json.loads(ANSWERED.read_text(encoding='utf-8'))
+    assert [{k: v for k, v in row.items() if k != 'model_response'} for row in rows] == DATA[935:1045]
+    assert all(list(row) == ['instruction', 'input', 'output', 'model_response'] and row['model_response'].strip() for row in rows)
+    assert len({row['model_response'] for row in rows}) > 90
+
+
+def test_the_evaluation_page_writes_the_answered_test_set(tmp_path, monkeypatch):
+    "The page's own cells, run where a run has answered, write the committed file byte for byte"
+    from sft_nb.basics import save_json
+    from sft_nb.evaluation import plain_responses
+    from sft_nb.responses import save_responses
+    cells = [''.join(c['source']) for c in json.loads((ROOT/'nbs/06_evaluation.ipynb').read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code']
+    places = next(c for c in cells if c.startswith('FOLDER ='))
+    write = next(c for c in cells if 'save_json(TEST_FILE' in c)
+    (tmp_path/'nbs').mkdir()
+    (tmp_path/'data/sft/train').mkdir(parents=True)
+    (tmp_path/'data/sft/train/instruction-data.json').write_bytes((ROOT/'data/sft/train/instruction-data.json').read_bytes())
+    answers = [row['model_response'] for row in json.loads(ANSWERED.read_text(encoding='utf-8'))]
+    save_responses(tmp_path/'runs/default/responses.json', DATA[935:1045], answers)
+    monkeypatch.chdir(tmp_path/'nbs')
+    names = dict(json=json, Path=Path, save_json=save_json, plain_responses=plain_responses)
+    exec(places, names)
+    exec(write, names)
+    assert (tmp_path/ANSWERED.relative_to(ROOT)).read_bytes() == ANSWERED.read_bytes()

@@ -23,9 +23,11 @@ from sft_nb.basics import InputError
 from sft_nb.rows import Example
 from sft_nb.model import ModelConfig
 from sft_nb.decoder import Decoder
-from sft_nb.lora import LoraConfig, add_lora
+from sft_nb.choices import LoraConfig
+from sft_nb.lora import add_lora
 from sft_nb.optimizer import FlatAdamW
-from sft_nb.settings import StepLog, TrainConfig, ValLog, load_log, run_bytes
+from sft_nb.choices import TrainConfig
+from sft_nb.settings import StepLog, ValLog, load_log, run_bytes
 from sft_nb.steps import accumulate, micro_batches, processes, validate
 from sft_nb import run as run_module
 from sft_nb.run import train

@@ -48,7 +48,7 @@ def prepare(work, model):
 
 def run_ours(folder, dtype, _, max_new):
     from sft_nb.loading import load_model
-    from sft_nb.sampling import Stops
+    from sft_nb.choices import Stops
     from sft_nb.generation import generate
     loaded = load_model(folder, dtype=dtype)
     until = Stops(max_new, ids=STOPS)

@@ -79,7 +79,7 @@ def child(a):
     import sft_nb.steps as T
     from sft_nb.rows import Example
     from sft_nb.loading import load_model
-    from sft_nb.settings import TrainConfig
+    from sft_nb.choices import TrainConfig
     train = [Example(i, l, 'row') for i,l in read_rows(a.work)[0]]
     model = load_model(a.work/'smollm2').model
     cfg = TrainConfig(lr=2e-5, batch_size=BATCH, warmup=0, dtype=a.child)

@@ -107,12 +107,13 @@ def run_ours(folder, row, n_steps, threads):
     import torch
     from sft_nb.rows import Example
     from sft_nb.loading import load_model
-    from sft_nb.settings import TrainConfig
+    from sft_nb.choices import TrainConfig
     from sft_nb.steps import RunPlan, block_options, validate
     train, val = ([Example(i, l, 'row') for i,l in part] for part in read_rows(folder, row.get('gpt2')))
     model = load_model(folder/('gpt2' if row.get('gpt2') else 'smollm2')).model
     if row.get('lora'):
-        from sft_nb.lora import LoraConfig, add_lora
+        from sft_nb.choices import LoraConfig
+        from sft_nb.lora import add_lora
         add_lora(model, LoraConfig(rank=8, alpha=16))
     cfg = TrainConfig(lr=LR, epochs=n_steps/math.ceil(len(train)/BATCH), batch_size=BATCH, schedule='linear', warmup=0, seed=SEED, dtype=row['dtype'],
         compile=row.get('compile', False))
