@@ -36,7 +36,7 @@ _MODEL = {
     '--model': ('NAME', 'a folder, a .gguf file, a hub id [smollm2-135m-instruct, fetched once]'),
     '--template': ('NAME', f"one of {', '.join(template_names())} [the model's own, else alpaca]"),
     '--force-template': (True, 'use a tuned model in another template than its own'),
-    '--device': ('NAME', 'cpu, cuda, cuda:1 ... [auto: cuda where there is one, else cpu]')}
+    '--device': ('NAME', 'cpu, cuda, cuda:1, mps ... [auto: the fastest that is sound]')}
 
 # %% ../nbs/07a_cli.ipynb #49092f79
 def _renaming(text):

@@ -51,7 +51,7 @@ def test_readme_commands_are_those_that_ci_runs():
 def test_every_requirement_is_pinned():
     pins = {re.split(r'==', l)[0].lower().replace('_', '-') for l in (ROOT/'constraints.txt').read_text().splitlines() if '==' in l}
     setup = (ROOT/'settings.ini').read_text(encoding='utf-8')
-    wanted = re.findall(r'^(?:dev_)?requirements\s*=\s*(.*)$', setup, re.M)
+    wanted = re.findall(r'^(?:(?:dev_)?requirements|extra_docs)\s*=\s*(.*)$', setup, re.M)
     names = {re.split(r'[<>=\[ ]', w.strip('"'))[0].lower().replace('_', '-') for line in wanted for w in line.split() if w[0] not in '<>='}
     assert names - pins == set()
 
