@@ -4,8 +4,10 @@ import gzip
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -296,3 +298,16 @@ def test_columns_are_named_on_the_command_line(home):
     for bad, wanted in (('frage', 'write A=B'), ('fraeg=instruction', "did you mean 'frage'")):
         done = sft_nb('inspect', 'odd.csv', '--model', 'tiny', '--rename', bad, cwd=home)
         assert done.returncode == 2 and wanted.encode() in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='there Ctrl-C is no signal')
+@pytest.mark.parametrize('secs', [.6, 1.2, 2.5])
+def test_ctrl_c_while_libraries_load_is_one_line(home, secs):
+    write_rows(home/'few.jsonl', PAIRS)
+    env = dict(os.environ, PYTHONPATH=str(Path(__file__).resolve().parent.parent), OMP_NUM_THREADS='1')
+    words = [sys.executable, '-m', 'sft_nb.cli', 'inspect', 'few.jsonl', '--model', 'tiny']
+    process = subprocess.Popen(words, cwd=home, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    time.sleep(secs)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode in (0, 130) and said.decode() in ('', 'sft_nb: interrupted\n')
