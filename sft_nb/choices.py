@@ -206,6 +206,7 @@ class JobConfig:
     model:str|Path|None = None # A folder, a .gguf file, a hub name; None: the default model
     template:str|None = None # None: the model's own, else Alpaca
     force_template:bool = False # Use a tuned model in another template than its own
+    thinking:str|None = None # 'on', 'off' or 'record'; None: as the model was tuned, else as the record is
     device:str = 'auto' # 'cpu', 'cuda', 'cuda:1', 'mps' ...; 'auto': the fastest that is sound
     train:TrainConfig = field(default_factory=TrainConfig) # How to train
     lora:LoraConfig|None = None # Train adapters and merge them; a number is their rank; None: all weights

@@ -55,6 +55,7 @@ class Receipt:
     dropped:dict = field(default_factory=dict) # Reason -> rows, tokens, stops, and first places
     cut:dict = field(default_factory=_lost) # The same for rows that were shortened: what they lost
     after:dict = field(default_factory=_no_turns) # Turns after a last answer, which no row holds
+    thoughts:dict = field(default_factory=_no_turns) # Thoughts that the template does not print
     kinds:dict = field(default_factory=_no_ids) # Speaker -> kind -> ids of the rows
     lengths:dict = field(default_factory=dict) # Power of two -> rows of at most that length
 
@@ -92,10 +93,11 @@ def _book_row(
     receipt.rows_in += 1
     receipt.tokens_in += len(row)
     receipt.stops_in += row.n_stops
-    if row.n_after:
-        receipt.after['rows'] += 1
-        receipt.after['turns'] += row.n_after
-        _note(receipt.after, row.where)
+    for book, n_turns in (receipt.after, row.n_after), (receipt.thoughts, row.n_lost):
+        if not n_turns: continue
+        book['rows'] += 1
+        book['turns'] += n_turns
+        _note(book, row.where)
     if not reason: return
     book = receipt.cut if reason=='cut' else receipt.dropped.setdefault(reason, _lost())
     book['rows'] += 1
@@ -152,6 +154,8 @@ def _loss_lines(receipt):
     after = receipt.after
     if after['rows']:
         yield f"  {after['turns']:,} turns after the last answer are in no row: {_places(after)}"
+    lost = receipt.thoughts
+    if lost['rows']: yield f"  {lost['turns']:,} thoughts are not printed by the template: {_places(lost)}"
 
 # %% ../nbs/01d_encoding.ipynb #e409b26c
 def _receipt_text(
@@ -307,7 +311,7 @@ def encode_all(
     return receipt.check()
 
 # %% ../nbs/01d_encoding.ipynb #64c44873
-_CACHE_VERSION = 3 # raise it when the same records would give other buffers
+_CACHE_VERSION = 5 # raise it when the same records would give other buffers
 
 
 def _cache_name(

@@ -22,7 +22,7 @@ from .columns import FieldBook
 from .data import Record
 from .readers import default_data_file
 from .machine import choose_device
-from .shelf import get_template
+from .shelf import get_template, with_thinking
 from .rows import encode_prompt, missing_tokens
 from .dataset import InstructionDataset
 from .intake import (
@@ -119,13 +119,14 @@ def fit_vocabulary(
 
 # %% ../nbs/07_job.ipynb #0c6cc5bc
 def open_model(
-    cfg:JobConfig, # `model`, `template`, `force_template` and `device` count
+    cfg:JobConfig, # `model`, `template`, `force_template`, `thinking` and `device` count
     say:Callable = print, # Where progress goes
 )->tuple[Loaded, Any, tuple]: # The model, the template, and the ids that were added for it
     "Load the model, and settle which template it is asked in"
     device = choose_device(cfg.device)
     loaded = load_model(cfg.model)
     template = _choose_template(loaded, cfg.template, insist=cfg.force_template)
+    template = with_thinking(template, cfg.thinking)
     loaded, added = fit_vocabulary(loaded, template, say)
     loaded.model.to(device)
     n_weights = sum(p.numel() for p in loaded.model.parameters())
@@ -218,7 +219,7 @@ def answer_part(
     return rows
 
 # %% ../nbs/07_job.ipynb #16fc9bda
-_KEPT = ('split_seed', 'drop_broken', 'loss_on', 'prompt_weight', 'max_length', 'over_long')
+_KEPT = ('split_seed', 'drop_broken', 'loss_on', 'prompt_weight', 'max_length', 'over_long', 'thinking')
 _KEPT_IF_GIVEN = ('rename', 'ignore', 'no_target') # so that folders of earlier versions can be resumed
 
 

@@ -22,6 +22,7 @@ from .templates import (
     STYLES, Rendered, Segment, Template, colored_html, render_prompt, render_record, visible_text)
 from .shelf import get_template
 from .tokenizer import Tokenizer
+from .thoughts import lost_thoughts
 
 # %% ../nbs/01c_rows.ipynb #ebb6b2e2
 @dataclass(frozen=True, eq=False)
@@ -174,6 +175,7 @@ class Row:
     where:str = 'record' # Address for messages
     has_input:bool = False # Is there an input, which stands after its instruction?
     n_after:int = 0 # Messages after the last answer, which are in no segment
+    n_lost:int = 0 # Thoughts that the template leaves out
 
     def __len__(self): return sum(map(len, self.ids))
 
@@ -204,6 +206,13 @@ def _make_row(record, rendered, ids, loss_on):
     n_after = from_the_end.index('assistant')
     return Row(rendered.segments, tuple(ids), tuple(kinds), record.where, bool(record.input), n_after)
 
+# %% ../nbs/01c_rows.ipynb #c5f3f937
+def _count_lost(row, record):
+    "The row with the number of thoughts that are in none of its segments"
+    if row.n_after: record = replace(record, messages=record.messages[:-row.n_after])
+    n_lost = lost_thoughts(record.messages, row.segments)
+    return replace(row, n_lost=n_lost) if n_lost else row
+
 # %% ../nbs/01c_rows.ipynb #98f942b7
 def encode_rows(
     records:Iterable[Record], # With answers
@@ -216,7 +225,8 @@ def encode_rows(
     records = list(records)
     rendered = [_with_start(render_record(r, template), tokenizer) for r in records]
     encoded = encode_segments(rendered, tokenizer)
-    return [_make_row(*parts, loss_on) for parts in zip(records, rendered, encoded)]
+    rows = [_make_row(*parts, loss_on) for parts in zip(records, rendered, encoded)]
+    return [_count_lost(*pair) for pair in zip(rows, records)]
 
 # %% ../nbs/01c_rows.ipynb #7336cd01
 SPEAKERS = ('frame', 'system', 'user', 'assistant', 'tool') # whose a segment is; 'frame': the template's
