@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['Intake', 'take_in', 'intake_text', 'drop_refused', 'split_or_all', 'find_repeats', 'check_new_file', 'save_deduped',
-           'Look', 'look_over', 'look_notes']
+           'Look', 'look_over', 'look_notes', 'look_lines']
 
 # %% ../nbs/02b_intake.ipynb #ba0c6c40
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 from .basics import Groups, InputError, save_json
 from .columns import FieldBook
+from .telling import Stage
 from .data import Record, Split, prompt_key, summarize_records
 from .readers import file_kind, load_records, save_records
 from .lint import (
@@ -86,7 +88,7 @@ def drop_refused(
     tokenizer:Any, # Turns text into ids
     *, need_answer:bool = True, # Have the records answers?
     piece:int = 256, # Records that are tried together
-)->str: # A line for the terminal
+)->Stage: # A line for the terminal
     "Leave out the records that the template refuses: `drop_refused(intake, template, tokenizer)`"
     kept:list = []
     lost:list = []
@@ -100,8 +102,8 @@ def drop_refused(
                          f'all {len(lost)} were dropped, the first as {lost[0]}')
     intake.records = kept
     intake.dropped = (intake.dropped or []) + lost
-    said = f'{len(lost)} records that template {template.name} refuses'
-    return f'{said}, the first: {lost[0]}' if lost else said
+    first = f', the first: {lost[0]}' if lost else ''
+    return Stage('dropped', f'{len(lost)} records that template {template.name} refuses{first}', dropped=len(lost))
 
 # %% ../nbs/02b_intake.ipynb #dd2cb783
 def split_or_all(
@@ -197,7 +199,7 @@ class Look:
     leaks:list[Leak] # Prompts that stand in two parts
     repeats:dict # Name of a part -> how many of its records repeat an earlier one
 
-    def __str__(self): return _look_text(self)
+    def __str__(self): return '\n'.join(look_lines(self))
 
 # %% ../nbs/02b_intake.ipynb #293d49a6
 def look_over(
@@ -233,17 +235,19 @@ def look_notes(
     return notes
 
 # %% ../nbs/02b_intake.ipynb #12c1ab13
-def _look_text(look):
+def look_lines(
+    look:Look, # From `look_over`
+)->list[Stage]: # One at least
     "A look as a person reads it"
+    kinds = Counter(f.kind for f in look.findings)
     counts = count_findings(look.findings)
-    lines = [f'lint      {counts}' if not look.findings else f'lint\n{counts}']
+    lines = [Stage('lint', '\n'*bool(kinds) + counts, findings=dict(kinds))]
     for called, found, n in _leaked(look):
-        lines.append(f'leaks     {len(found)} of {n} {called} rows stand in training as well, '
-                     f'by prompts that are 80 % alike at least, the first: {found[0]}')
+        said = (f'{len(found)} of {n} {called} rows stand in training as well, '
+                f'by prompts that are 80 % alike at least, the first: {found[0]}')
+        lines.append(Stage('leaks', said, part=called, leaks=len(found)))
     n_other = sum(leak.parts=='test and val' for leak in look.leaks)
-    if n_other: lines.append(f'leaks     {n_other} validation rows stand in the test part as well')
-    if look.repeats:
-        said = ', '.join(f'{n} in {name}' for name, n in look.repeats.items())
-        lines.append(f'repeats   {said}: question and answer almost as in an earlier row; '
-                     'sft_nb inspect DATA --dedupe OUT leaves them out')
-    return '\n'.join(lines)
+    if n_other: lines.append(Stage('leaks', f'{n_other} validation rows stand in the test part as well'))
+    said = ', '.join(f'{n} in {name}' for name, n in look.repeats.items())
+    advice = 'question and answer almost as in an earlier row; sft_nb inspect DATA --dedupe OUT leaves them out'
+    return [*lines, Stage('repeats', f'{said}: {advice}', **look.repeats)] if said else lines

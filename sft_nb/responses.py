@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
 import regex
 from .basics import InputError, differences, fingerprint, load_json, lock_file, save_json, shorten
 from .columns import only_read
@@ -21,6 +20,7 @@ from .said import Said, plain_call, say_calls, take_apart
 from .calls import THOUGHT_KEYS
 from .data import Record, as_records, text_field
 from .readers import file_kind, load_rows, save_records
+from .telling import bars_wanted
 
 # %% ../nbs/06a_responses.ipynb #c278de16
 def as_read(
@@ -301,7 +301,8 @@ def _answer_all(part, header, named, answer, batch_size):
         file.truncate(n_whole)
         if not n_whole: _add_lines(file, [header])
         todo = [pair for pair in named.items() if pair[0] not in done]
-        shown = dict(total=len(named), initial=len(done), desc='answering', unit='row', disable=None)
+        shown = dict(total=len(named), initial=len(done), desc='answering', unit='row',
+                 disable=not bars_wanted())
         with tqdm(**shown) as bar:
             for n in range(0, len(todo), batch_size):
                 lines = _answer_batch(file, todo[n:n+batch_size], answer)
