@@ -102,8 +102,9 @@ def drop_refused(
                          f'all {len(lost)} were dropped, the first as {lost[0]}')
     intake.records = kept
     intake.dropped = (intake.dropped or []) + lost
-    first = f', the first: {lost[0]}' if lost else ''
-    return Stage('dropped', f'{len(lost)} records that template {template.name} refuses{first}', dropped=len(lost))
+    n = len(lost)
+    example = f', the first: {lost[0]}' if lost else ''
+    return Stage('dropped', f'{n} records that template {template.name} refuses{example}', dropped=n)
 
 # %% ../nbs/02b_intake.ipynb #dd2cb783
 def split_or_all(
@@ -249,5 +250,6 @@ def look_lines(
     n_other = sum(leak.parts=='test and val' for leak in look.leaks)
     if n_other: lines.append(Stage('leaks', f'{n_other} validation rows stand in the test part as well'))
     said = ', '.join(f'{n} in {name}' for name, n in look.repeats.items())
-    advice = 'question and answer almost as in an earlier row; sft_nb inspect DATA --dedupe OUT leaves them out'
+    advice = ('question and answer almost as in an earlier row; '
+              'sft_nb inspect DATA --dedupe OUT leaves them out')
     return [*lines, Stage('repeats', f'{said}: {advice}', **look.repeats)] if said else lines

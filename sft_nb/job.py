@@ -310,9 +310,8 @@ def _tune(job, checked, cfg, say):
     model = job.loaded.model
     out.mkdir(parents=True, exist_ok=True)
     save_json(out/'config.json', settings_of(cfg))
-    receipts = {'training': asdict(rows.receipt), 'validation': asdict(val_rows.receipt)}
-    if job.intake: receipts['data'] = job.intake.facts()
-    save_json(out/'receipt.json', receipts)
+    parts = {'training': asdict(rows.receipt), 'validation': asdict(val_rows.receipt)}
+    save_json(out/'receipt.json', parts | {'data': job.intake.facts() if job.intake else {}})
     log = train(model, rows, val_rows, cfg.train, out, resume=cfg.resume, say=say)
     if log.stopped and not out_of_patience(log):
         raise Stopped(f'{out}: {log.stopped}; the same command with --resume goes on')
