@@ -8,7 +8,7 @@ __all__ = ['ChatTemplate']
 # %% ../nbs/01a_chat.ipynb #832e8e4e
 import datetime, json, re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 import jinja2
@@ -17,6 +17,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from .basics import InputError, shorten
 from .data import Message, Record
 from .marks import cut_turns, is_rich, turn_of
+from .thoughts import (
+    before_thought, empty_thought, end_of_thought, hush_empty_thoughts, thinking_of, thinking_switches,
+    thinking_words, thought_of, without_thoughts)
 from .templates import Segment, Template, tidy_segments
 
 # %% ../nbs/01a_chat.ipynb #0043f5f7
@@ -65,6 +68,7 @@ class ChatTemplate(Template):
     special:tuple = () # Pairs such as ('bos_token', '<s>') that the source may print
     stop_text:str|None = None # What ends an answer; None: found from what the template prints after one
     date:str = '2026-01-01' # The day that templates with a calendar are told: the same one tomorrow
+    thinking:str|None = None # 'on', 'off' or 'record'; None: what the source does of its own accord
 
     @cached_property
     def stop(self)->str|None: # None if the template prints none
@@ -72,15 +76,17 @@ class ChatTemplate(Template):
         return self.stop_text or _find_stop(self)
 
     @cached_property
-    def _variables(self):
-        today = datetime.date.fromisoformat(self.date)
-        return dict(self.special) | dict(tools=None, documents=None, strftime_now=today.strftime)
+    def _variables(self): return _variables(self)
+
+    @cached_property
+    def _modes(self): return {mode: replace(self, thinking=mode) for mode in ('on', 'off', None)}
 
     def wording(self)->list: # Texts and a dictionary
         "Everything that decides what is printed; tokens that the source never names do not"
         used = {k: v for k, v in self.special if k in self.jinja}
         date = self.date if 'strftime_now' in self.jinja else ''
-        return ['chat', self.jinja, used, self.stop, date]
+        mode = thinking_words(self.jinja, self.thinking)
+        return ['chat', self.jinja, used, self.stop, date, *mode]
 
     def render(self, messages:Sequence[Message], where:str, *, ask:bool=False, tools:Any=None)->str: # Text
         "The text of `messages`, with the beginning of an answer after it if `ask`"
@@ -88,11 +94,19 @@ class ChatTemplate(Template):
 
     def prompt(self, messages:Sequence[Message], record:Record)->list: # `Segment`s
         "The pieces in front of an answer"
-        return _cut_any(self, messages, record, None)
+        return _cut_in_mode(self, messages, record, None)
 
     def answer(self, messages:Sequence[Message], asked:str, record:Record)->list: # `Segment`s
         "The pieces of an answer"
-        return _cut_any(self, messages, record, asked)
+        return _cut_in_mode(self, messages, record, asked)
+
+# %% ../nbs/01a_chat.ipynb #3d6dee5d
+def _variables(template):
+    "The variables of a template, without the turns"
+    today = datetime.date.fromisoformat(template.date)
+    thinking = thinking_switches(template.jinja, template.thinking)
+    known = {'tools': None, 'documents': None, 'strftime_now': today.strftime}
+    return dict(template.special) | thinking | known
 
 # %% ../nbs/01a_chat.ipynb #86e2cf02
 def _render(template, messages, where, ask, tools=None):
@@ -144,7 +158,8 @@ def _span(printed, i):
     "Begin and end of the words of message `i`; None if they are blank and the template leaves them out"
     template, messages, text, where, ask = printed
     sentinel = _unused_text([template.jinja] + [m.content for m in messages])
-    swapped = [Message(m.role, sentinel) if i==j else m for j, m in enumerate(messages)]
+    swapped = list(messages)
+    swapped[i] = Message(messages[i].role, sentinel)
     parts = template.render(swapped, where, ask=ask).split(sentinel)
     if len(parts)==2:
         before, after = parts
@@ -211,11 +226,12 @@ def _cut_answer(printed, asked):
     if not text.startswith(asked):
         raise InputError(f'{where}: template {template.name!r} asks with {shorten(asked[-30:])} but prints '
                          'answers in another way, so the model would learn what it is never asked; '
-                         'use another template')
+                         "use another template, or thinking='record' where it is about a thought")
     turn = len(messages)-1
     span = _span(printed, turn)
     if span is None: # a blank answer that is left out stands before its stop
-        at = max(text.find(template.stop or '', len(asked)), len(asked))
+        begin = len(asked)
+        at = max(text.find(template.stop or '', begin), begin)
         span = at, at
     pieces, end = _spoken(printed, turn, len(asked), span)
     return [*pieces, Segment(text[end:])]
@@ -279,3 +295,40 @@ def _cut_any(template, messages, record, asked):
     if is_rich(messages, record): return _rich_segments(template, messages, record, asked)
     printed = _print(template, messages, record.where, ask=asked is None)
     return tidy_segments(_fill(printed, asked) or _cut_words(printed, record, asked))
+
+# %% ../nbs/01a_chat.ipynb #3bb40fef
+def _after_thought(template, messages, record, asked):
+    "Segments of an answer whose question ends with a thought that the template does not print, else None"
+    base = before_thought(asked)
+    if base is None: return None
+    text = template.render(messages, record.where, tools=record.tools)
+    if text.startswith(asked) or not text.startswith(base): return None
+    *before, last = messages
+    thought = thought_of(last)
+    if thought and not end_of_thought(asked): return None # it was asked not to think
+    if not (thought or template.thinking): return None
+    plain = (*before, *without_thoughts([last]))
+    first, *rest = _cut_any(template, plain, replace(record, messages=plain), base)
+    n = empty_thought(first.text) if first.control else 0
+    first = replace(first, text=first.text[n:])
+    learn = bool(thought) and last.learn is not False
+    own:dict[str, Any] = dict(learn=learn, role='assistant', turn=len(before))
+    words = Segment(thought, control=False, **own)
+    end = Segment(end_of_thought(asked), **own)
+    return [words, end, first, *rest]
+
+# %% ../nbs/01a_chat.ipynb #58a00020
+def _cut_in_mode(template, messages, record, asked):
+    "Segments of a prompt, or of what stands after the prompt `asked`, in the mode of the template"
+    if template.thinking=='record':
+        mode = thinking_of(record)
+        template = template._modes[mode]
+    elif template.thinking=='off':
+        plain = without_thoughts(record.messages)
+        record = replace(record, messages=plain)
+        messages = plain[:len(messages)]
+    segments = None
+    if asked is not None: segments = _after_thought(template, messages, record, asked)
+    if segments is None: segments = _cut_any(template, messages, record, asked)
+    thinks = 'think' in template.jinja.casefold()
+    return hush_empty_thoughts(tidy_segments(segments)) if thinks else segments

@@ -7,7 +7,7 @@ __all__ = ['RunState', 'begin_run', 'make_step', 'save_run', 'resume_run', 'out_
            'take_best', 'train']
 
 # %% ../nbs/05f_run.ipynb #9df8c003
-import os, sys, time
+import os, time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -26,6 +26,8 @@ from .checkpoints import StopFlag, newest_checkpoint, read_tensors, save_checkpo
 from .choices import TrainConfig
 from .settings import StepLog, TrainLog, ValLog, describe_run, load_log, log_line, lr_at, step_rows
 from .steps import RunPlan, World, accumulate, block_options, micro_batches, processes, validate
+from .basics import load_json
+from .telling import bars_wanted
 
 # %% ../nbs/05f_run.ipynb #ea134149
 @dataclass
@@ -156,10 +158,12 @@ def _write_head(
     "Write the configuration, and the log up to where the run begins"
     if plan.folder is None: return
     settings = asdict(plan.cfg)
+    config = plan.folder/'config.json'
+    held = load_json(config) if config.exists() else {} # what a job wrote beside it stays
     head = dict(kind='run', cfg=settings, dtype=state.log.dtype, n_rows=state.log.n_rows)
     entries = sorted(state.log.steps+state.log.vals, key=lambda e: (e.step, isinstance(e, ValLog)))
     with _writing(plan.folder):
-        save_json(plan.folder/'config.json', settings)
+        save_json(config, held | settings)
         write_atomic(plan.folder/'log.jsonl', ''.join(map(log_line, [head, *entries])))
 
 # %% ../nbs/05f_run.ipynb #80074503
@@ -424,7 +428,7 @@ def train(
 )->TrainLog: # What happened
     "Train as `cfg` says, to float32 weights: `log = train(model, rows, val_rows, TrainConfig(lr=2e-5))`"
     if resume and out is None: raise InputError("train: resume needs the run's folder, got out=None; name it")
-    progress = sys.stderr.isatty() # a bar is for a terminal
+    progress = bars_wanted()
     with processes() as world:
         folder = None if out is None else Path(out)
         plan = RunPlan(model, train_rows, val_rows, cfg or TrainConfig(), folder, hooks, say, world)
