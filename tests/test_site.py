@@ -69,9 +69,15 @@ def test_every_command_that_is_shown_exists(capsys):
 
 def test_every_page_is_in_the_contents():
     listed = [page for pages in make_site.contents().values() for _, page in pages]
-    behind = [page_name(p) for c in notebooks() if make_site.CHAPTER.fullmatch(c.stem) for p in make_site.engine_of(c)]
+    behind = [page_name(p) for c in notebooks() if make_site.is_chapter(c) for p in make_site.engine_of(c)]
     pages = [page_name(p) for p in notebooks() + exercises() if p.stem != 'index']
     assert sorted(listed + behind) == sorted([*pages, 'api/index', *make_site.PAGES.values()])
+
+
+def test_chapters_lead_to_their_engine_and_exercises_and_exercises_do_not():
+    last = {folder: make_site.site_notebook(ROOT/f'nbs/{folder}03_collate.ipynb')['cells'][-1]['source'] for folder in ('', 'exercises/')}
+    assert '/exercises/03_collate.ipynb' in last[''] and '03b Loaders </03b_loaders>' in last['']
+    assert 'Behind this chapter' not in last['exercises/']
 
 
 def test_every_public_name_has_an_entry():
