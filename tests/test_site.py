@@ -46,8 +46,9 @@ def test_a_broken_link_is_seen(tmp_path):
 def commands_of(text):
     "The lines of shell blocks that call this library's command, as lists of words"
     blocks = re.findall(r'^```sh\n(.*?)^```', text, re.M | re.S)
-    words = [shlex.split(line, comments=True) for block in blocks for line in block.replace('\\\n', ' ').splitlines()]
-    return [w[1:] for w in words if w and w[0] == 'sft_nb']
+    lines = [part for block in blocks for line in block.replace('\\\n', ' ').splitlines() for part in re.split(r'&&|[|;]', line)]
+    words = [re.split(r'\s[<>]', line)[0] for line in lines]
+    return [w[1:] for w in (shlex.split(line, comments=True) for line in words) if w and w[0] == 'sft_nb']
 
 
 def refusals(commands):
