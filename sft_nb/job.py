@@ -17,13 +17,15 @@ from typing import Any
 import torch
 from .basics import InputError, differences, fingerprint, load_json, save_json
 from .choices import JobConfig, Sampling
-from .data import Record, summarize_records
-from .readers import default_data_file, load_records
-from .split import split_records
+from .columns import FieldBook
+from .data import Record
+from .readers import default_data_file
 from .machine import choose_device
 from .shelf import get_template, with_thinking
 from .rows import encode_prompt, missing_tokens
 from .dataset import InstructionDataset
+from .intake import (
+    Intake, Look, drop_refused, intake_text, look_lines, look_notes, look_over, split_or_all, take_in)
 from .loading import Loaded, load_model
 from .saving import resize_vocab, save_model
 from .lora import add_lora, merge_lora
@@ -71,20 +73,22 @@ class Job:
     loaded:Any # `Loaded`: model, tokenizer and where they came from
     template:Any # How a record is written for the model
     added:tuple = () # Ids of control tokens that `template` needs and the model has never met
+    intake:Intake|None = None # What the file gave
+    look:Look|None = None # What a reader of the parts should know
 
 # %% ../nbs/07_job.ipynb #ec22800f
 def read_data(
-    cfg:JobConfig, # `data` and `drop_broken` count
+    cfg:JobConfig, # `data`, `drop_broken`, `rename`, `carry` and `ignore` count
     *, need_answer:bool = True, # Refuse records without an answer?
     say:Callable = print, # Where progress goes
-)->tuple[str, list]: # Where the records came from, and the records
+)->Intake: # The records, and what became of the rest
     "Read the records, raising `InputError` or `FileNotFoundError`"
     source = str(default_data_file() if cfg.data is None else cfg.data)
-    dropped:list|None = [] if cfg.drop_broken else None
-    records = load_records(source, need_answer=need_answer, dropped=dropped)
-    facts = {'source': source, 'records': len(records), 'dropped': len(dropped or ())}
-    say(Stage('data', f'{source}: {summarize_records(records, dropped)}', **facts))
-    return source, records
+    book = FieldBook(tuple(cfg.carry), tuple(cfg.ignore))
+    intake = take_in(source, cfg.rename, book, need_answer=need_answer, drop_broken=cfg.drop_broken)
+    facts = {'source': source, 'records': len(intake.records), 'dropped': len(intake.dropped or ())}
+    say(Stage('data', intake_text(intake), **facts, fields=book.facts()))
+    return intake
 
 # %% ../nbs/07_job.ipynb #009700a7
 def _choose_template(
@@ -140,13 +144,20 @@ def open_model(
 def prepare(
     cfg:JobConfig, # All choices
     say:Callable = print, # Where progress goes
+    *, need_split:bool = True, # Refuse a set that is too small for three parts?
 )->Job: # What a run works with
     "Read, split and load, raising `InputError` before a file is written"
-    source, records = read_data(cfg, say=say)
-    split = split_records(records, seed=cfg.split_seed)
+    intake = read_data(cfg, say=say)
+    seed = cfg.split_seed
+    if not cfg.drop_broken: split_or_all(intake.records, seed, need_split=need_split) # the quick check
+    loaded, template, added = open_model(cfg, say)
+    if cfg.drop_broken: say(drop_refused(intake, template, loaded.tokenizer))
+    split = split_or_all(intake.records, seed, need_split=need_split)
+    look = look_over(split)
     sizes = {'train': len(split.train), 'test': len(split.test), 'validation': len(split.val)}
     say(Stage('split', ', '.join(f'{part} {n}' for part, n in sizes.items()), **sizes))
-    return Job(source, split, *open_model(cfg, say))
+    for stage in look_lines(look): say(stage)
+    return Job(intake.source, split, loaded, template, added, intake, look)
 
 # %% ../nbs/07_job.ipynb #fa2f3e44
 def row_limit(
@@ -160,12 +171,12 @@ def row_limit(
 def encode_part(
     job:Job, # What the run works with
     records:Sequence[Record], # One part of the split
-    cfg:JobConfig, # `loss_on`, `prompt_weight`, `max_length` and `over_long` count
+    cfg:JobConfig, # `loss_on`, `prompt_weight`, `max_length`, `over_long` and `no_target` count
 )->InstructionDataset: # Rows of `Example`s
     "A part of the data as ids, raising `InputError` for rows that cannot be learned"
     return InstructionDataset(
         records, job.loaded.tokenizer, job.template, cfg.loss_on, cfg.prompt_weight,
-        max_length=row_limit(job, cfg), over_long=cfg.over_long)
+        max_length=row_limit(job, cfg), over_long=cfg.over_long, no_target=cfg.no_target)
 
 # %% ../nbs/07_job.ipynb #83c29286
 def _check_questions(
@@ -218,6 +229,7 @@ def answer_part(
 
 # %% ../nbs/07_job.ipynb #16fc9bda
 _KEPT = ('split_seed', 'drop_broken', 'loss_on', 'prompt_weight', 'max_length', 'over_long', 'thinking')
+_KEPT_IF_GIVEN = ('rename', 'ignore', 'no_target') # so that folders of earlier versions can be resumed
 
 
 def _run_settings(
@@ -227,7 +239,8 @@ def _run_settings(
     "All that decides what a run learns, as it is kept with the model"
     base = {'base': job.loaded.source, 'base_fingerprint': job.loaded.fingerprint,
             'data': job.source, 'template': job.template.name}
-    kept = {name: getattr(cfg, name) for name in _KEPT}
+    given = [name for name in _KEPT_IF_GIVEN if getattr(cfg, name)!=getattr(JobConfig, name)]
+    kept = {name: getattr(cfg, name) for name in (*_KEPT, *given)}
     return base | kept | {'lora': asdict(cfg.lora)['rank'] if cfg.lora else 0, 'config': asdict(cfg.train)}
 
 # %% ../nbs/07_job.ipynb #82a78198
@@ -318,8 +331,8 @@ def _tune(job, checked, cfg, say):
     model = job.loaded.model
     out.mkdir(parents=True, exist_ok=True)
     save_json(out/'config.json', settings_of(cfg))
-    receipts = {'training': asdict(rows.receipt), 'validation': asdict(val_rows.receipt)}
-    save_json(out/'receipt.json', receipts)
+    parts = {'training': asdict(rows.receipt), 'validation': asdict(val_rows.receipt)}
+    save_json(out/'receipt.json', parts | {'data': job.intake.facts() if job.intake else {}})
     log = train(model, rows, val_rows, cfg.train, out, resume=cfg.resume, say=say)
     if log.stopped and not out_of_patience(log):
         raise Stopped(f'{out}: {log.stopped}; the same command with --resume goes on')
@@ -370,10 +383,10 @@ def tune_job(
     return folder/'model'
 
 # %% ../nbs/07_job.ipynb #e59edc05
-def _run_facts(cfg, settings, log):
+def _run_facts(cfg, settings, log, look):
     "What the report tells about the run"
     return RunFacts(
-        f'sft_nb run: {Path(cfg.out).name}', settings | settings['config'],
+        f'sft_nb run: {Path(cfg.out).name}', settings | settings['config'], look_notes(look),
         val_before=log.vals[0].loss, val_after=_last_loss(log), secs={'training': log.secs},
         pictures={'loss.png': ('Training and validation loss', plot_losses(log))})
 
@@ -411,7 +424,7 @@ def run_job(
         answer_part(job, job.split.test, out/'responses-before.json', cfg, tell)
         log = _train_job(job, checked, cfg, tell)
         answer_part(job, job.split.test, out/'responses.json', cfg, tell)
-        data = _report(out, cfg, _run_facts(cfg, settings, log))
+        data = _report(out, cfg, _run_facts(cfg, settings, log, job.look))
         for line in [*score_lines(data), *judge_lines(data)]: tell(line)
         tell(Stage('report', str(out/'report.html'), path=str(out/'report.html')))
     return data
