@@ -18,6 +18,7 @@ from . import __version__
 from .basics import InputError, json_text, near_misses
 from .choices import LORA_LR, JobConfig
 from .data import Message, Record
+from .readers import file_kind
 from .split import split_records
 from .telling import Stage, Teller, hide_bars, show_json, show_line, show_nothing
 from .templates import TextTemplate
@@ -107,6 +108,18 @@ def _flags(args):
     if folder is not None: given['out'] = folder
     return {n: dict(v) if OPTIONS[n].kind is dict else v for n, v in given.items()}
 
+# %% ../nbs/07a_cli.ipynb #540e8862
+_LENGTHS = 'minutes', 'steps', 'epochs'
+
+
+def _check_length(file, flags):
+    "The settings of a file without lengths that a flag undoes; `InputError` for two flags"
+    given = [name for name in _LENGTHS if name in flags]
+    if len(given)>1:
+        both = ' and '.join(OPTIONS[name].flag for name in given)
+        raise InputError(f'{both}: each says how long the run is; give one of them')
+    return {name: v for name, v in file.items() if not (given and name in _LENGTHS)}
+
 # %% ../nbs/07a_cli.ipynb #3b13b59f
 def choose(
     args:argparse.Namespace, # Parsed options; those that were left out are missing
@@ -115,6 +128,7 @@ def choose(
     path = getattr(args, 'config', None)
     file = read_settings(path) if path else {}
     flags = _flags(args)
+    file = _check_length(file, flags)
     sources = dict.fromkeys(file, str(path)) | {name: OPTIONS[name].flag for name in flags}
     values = file | flags
     if values.get('lora') and 'lr' not in values:
@@ -160,13 +174,18 @@ def _run(args):
 # %% ../nbs/07a_cli.ipynb #8c26b64e
 def _respond(args):
     "Answer the records of a file, or one part of its split; the records need no answers of their own"
+    from sft_nb.intake import drop_refused # numpy is not for a quick --help
     from sft_nb.job import Job, answer_part, open_model, read_data # torch is not for a quick --help
     path = args.out
+    file_kind(path)
     cfg = job_config(args)
     say = _teller(args)
-    source, records = read_data(cfg, need_answer=False, say=say)
+    intake = read_data(cfg, need_answer=False, say=say)
+    loaded, template, added = open_model(cfg, say)
+    if cfg.drop_broken: say(drop_refused(intake, template, loaded.tokenizer, need_answer=False))
+    records = intake.records
     if args.part!='all': records = getattr(split_records(records, seed=cfg.split_seed), args.part)
-    answer_part(Job(source, None, *open_model(cfg, say)), records, path, cfg, say)
+    answer_part(Job(intake.source, None, loaded, template, added), records, path, cfg, say)
 
 # %% ../nbs/07a_cli.ipynb #8b575f45
 def _judge(args):
@@ -192,22 +211,29 @@ def _compare(args):
     for line in [*score_lines(data), *judge_lines(data)]: say(line)
 
 # %% ../nbs/07a_cli.ipynb #66bda9c2
-def _inspect(args):
-    "Show what training would see: the receipt and the first rows token by token"
-    from sft_nb.job import encode_part, row_limit, prepare # torch is not for a quick --help
-    from sft_nb.lint import count_findings, find_leaks, lint_records # nor is numpy
-    from sft_nb.rows import view_record # nor are its neighbours
+def _inspected(args):
+    "The configuration of `inspect`, whose file may stand without its option"
     data = getattr(args, 'data', None)
     if None not in (args.file, data):
         raise InputError(f'inspect: two files to look at, got {args.file!r} and --data {data!r}; '
                          'give one of them')
     if args.file is not None: args.data = args.file
-    cfg = job_config(args)
-    job = prepare(cfg)
-    leaks = find_leaks(job.split)
-    records = [r for part in job.split for r in part]
-    print(f'lint\n{count_findings(lint_records(records))}')
-    print(f'leaks     {len(leaks)} prompts stand in two parts', *leaks[:3], sep='\n  ')
+    return job_config(args)
+
+# %% ../nbs/07a_cli.ipynb #1577ba91
+def _inspect(args):
+    "Show what training would see: the receipt and the first rows token by token"
+    from sft_nb.intake import check_new_file, save_deduped # numpy is not for a quick --help
+    from sft_nb.job import encode_part, row_limit, prepare # nor is torch
+    from sft_nb.rows import view_record # nor are its neighbours
+    cfg = _inspected(args)
+    if args.dedupe: check_new_file(args.dedupe)
+    job = prepare(cfg, need_split=False)
+    if args.dedupe:
+        receipt = save_deduped(job.intake, args.dedupe)
+        print(f"deduped   {args.dedupe}: {receipt['records out']:,} of {receipt['records in']:,} records, "
+              f'{args.dedupe}.receipt.json names the others')
+    print(*('  '+str(leak) for leak in job.look.leaks[:3]), sep='\n')
     print(f'receipt   {encode_part(job, job.split.train, cfg).receipt}')
     for record in job.split.train[:args.rows]:
         print(view_record(record, job.template, job.loaded.tokenizer, loss_on=cfg.loss_on,
@@ -255,7 +281,7 @@ def _config(args):
     settings = settings_of(make_job(values))
     print(json_text(settings, 4) if args.json else settings_text(settings, sources))
 
-# %% ../nbs/07a_cli.ipynb #0dd97943
+# %% ../nbs/07a_cli.ipynb #0bf5ca2e
 _COMMANDS = {
     'run': (_run, 'data rows model train adapters run answers judge folder',
             'tune, answer before and after, score, report'),
@@ -269,6 +295,7 @@ _COMMANDS = {
                'show every setting and where it comes from')}
 _EXAMPLES = {
     'run': ('run', 'run --data my.json --name mine --epochs 2', 'run --config my.toml --lr 5e-5 --name again',
+            'run --minutes 10 --data my.json',
             'run --lora 16 --lora-alpha 32 --model Qwen/Qwen2.5-0.5B-Instruct',
             'run --config runs/mine/config.json --name the-same'),
     'train': ('train --data my.json --best --patience 3', 'train --data my.json --resume'),
@@ -305,6 +332,7 @@ def _add_files(commands):
     commands['compare'].add_argument('after', metavar='B', help='responses file of the second model')
     inspect = commands['inspect']
     inspect.add_argument('file', nargs='?', metavar='DATA', help='the same as --data')
+    inspect.add_argument('--dedupe', metavar='OUT', help='write the records without near duplicates there')
     inspect.add_argument('--rows', type=int, default=3, metavar='N', help='rows to show token by token [3]')
 
 # %% ../nbs/07a_cli.ipynb #9934d592

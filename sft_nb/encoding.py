@@ -289,11 +289,12 @@ def _refuse_rows(receipt, plan):
     if too_long and plan.over_long=='raise':
         raise InputError(
             f"{too_long['rows']} of {receipt.rows_in} rows are longer than max_length={plan.max_length}: "
-            f'{_places(too_long, 5)}; raise the limit '
-            "or set over_long to 'drop', 'cut_prompt' or 'cut_answer'")
+            f'{_places(too_long, 5)}; raise the limit (--max-length) '
+            "or set over_long to 'drop', 'cut_prompt' or 'cut_answer' (--over-long)")
     if empty and plan.no_target=='raise':
         raise InputError(f"{empty['rows']} of {receipt.rows_in} rows have nothing to learn with "
-                         f"loss_on={plan.loss_on!r}: {_places(empty, 5)}; mend them or set no_target='drop'")
+                         f"loss_on={plan.loss_on!r}: {_places(empty, 5)}; "
+                         "mend them, or set no_target to 'drop' (--no-target drop)")
     if not receipt.rows:
         raise InputError(f'no row is left of {receipt.rows_in}, dropped: {list(receipt.dropped)}; '
                          'choose other limits')

@@ -6,7 +6,7 @@
 __all__ = ['new_folder', 'Job', 'read_data', 'fit_vocabulary', 'open_model', 'prepare', 'row_limit', 'encode_part', 'answer_part',
            'Stopped', 'tune_job', 'run_job', 'plan_job']
 
-# %% ../nbs/07_job.ipynb #d19c48a8
+# %% ../nbs/07_job.ipynb #59d6231d
 import os
 import shutil
 import time
@@ -17,13 +17,15 @@ from typing import Any
 import torch
 from .basics import InputError, differences, fingerprint, load_json, save_json
 from .choices import JobConfig, Sampling
-from .data import Record, summarize_records
-from .readers import default_data_file, load_records
-from .split import split_records
+from .columns import FieldBook
+from .data import Record
+from .readers import default_data_file
 from .machine import choose_device
 from .shelf import get_template, with_thinking
 from .rows import encode_prompt, missing_tokens
 from .dataset import InstructionDataset
+from .intake import (
+    Intake, Look, drop_refused, intake_text, look_lines, look_notes, look_over, split_or_all, take_in)
 from .loading import Loaded, load_model
 from .saving import resize_vocab, save_model
 from .lora import add_lora, merge_lora
@@ -32,7 +34,7 @@ from .generation import answer_records, check_prompts
 from .settings import TrainLog, load_log
 from .run import out_of_patience, train
 from .watch import plot_losses
-from .preflight import check_run
+from .preflight import check_run, fit_steps, measure_pace
 from .responses import answer_file, load_meta
 from .scores import response_health
 from .judge import judge_file, open_judge
@@ -43,6 +45,7 @@ from .telling import Stage, as_teller
 from .settings import describe_run
 from .telling import bars_wanted
 from .report import judge_lines, score_lines
+from .settings import lr_at
 
 # %% ../nbs/07_job.ipynb #fdc389b5
 def new_folder(
@@ -70,20 +73,22 @@ class Job:
     loaded:Any # `Loaded`: model, tokenizer and where they came from
     template:Any # How a record is written for the model
     added:tuple = () # Ids of control tokens that `template` needs and the model has never met
+    intake:Intake|None = None # What the file gave
+    look:Look|None = None # What a reader of the parts should know
 
 # %% ../nbs/07_job.ipynb #ec22800f
 def read_data(
-    cfg:JobConfig, # `data` and `drop_broken` count
+    cfg:JobConfig, # `data`, `drop_broken`, `rename`, `carry` and `ignore` count
     *, need_answer:bool = True, # Refuse records without an answer?
     say:Callable = print, # Where progress goes
-)->tuple[str, list]: # Where the records came from, and the records
+)->Intake: # The records, and what became of the rest
     "Read the records, raising `InputError` or `FileNotFoundError`"
     source = str(default_data_file() if cfg.data is None else cfg.data)
-    dropped:list|None = [] if cfg.drop_broken else None
-    records = load_records(source, need_answer=need_answer, dropped=dropped)
-    facts = {'source': source, 'records': len(records), 'dropped': len(dropped or ())}
-    say(Stage('data', f'{source}: {summarize_records(records, dropped)}', **facts))
-    return source, records
+    book = FieldBook(tuple(cfg.carry), tuple(cfg.ignore))
+    intake = take_in(source, cfg.rename, book, need_answer=need_answer, drop_broken=cfg.drop_broken)
+    facts = {'source': source, 'records': len(intake.records), 'dropped': len(intake.dropped or ())}
+    say(Stage('data', intake_text(intake), **facts, fields=book.facts()))
+    return intake
 
 # %% ../nbs/07_job.ipynb #009700a7
 def _choose_template(
@@ -139,13 +144,20 @@ def open_model(
 def prepare(
     cfg:JobConfig, # All choices
     say:Callable = print, # Where progress goes
+    *, need_split:bool = True, # Refuse a set that is too small for three parts?
 )->Job: # What a run works with
     "Read, split and load, raising `InputError` before a file is written"
-    source, records = read_data(cfg, say=say)
-    split = split_records(records, seed=cfg.split_seed)
+    intake = read_data(cfg, say=say)
+    seed = cfg.split_seed
+    if not cfg.drop_broken: split_or_all(intake.records, seed, need_split=need_split) # the quick check
+    loaded, template, added = open_model(cfg, say)
+    if cfg.drop_broken: say(drop_refused(intake, template, loaded.tokenizer))
+    split = split_or_all(intake.records, seed, need_split=need_split)
+    look = look_over(split)
     sizes = {'train': len(split.train), 'test': len(split.test), 'validation': len(split.val)}
     say(Stage('split', ', '.join(f'{part} {n}' for part, n in sizes.items()), **sizes))
-    return Job(source, split, *open_model(cfg, say))
+    for stage in look_lines(look): say(stage)
+    return Job(intake.source, split, loaded, template, added, intake, look)
 
 # %% ../nbs/07_job.ipynb #fa2f3e44
 def row_limit(
@@ -159,12 +171,12 @@ def row_limit(
 def encode_part(
     job:Job, # What the run works with
     records:Sequence[Record], # One part of the split
-    cfg:JobConfig, # `loss_on`, `prompt_weight`, `max_length` and `over_long` count
+    cfg:JobConfig, # `loss_on`, `prompt_weight`, `max_length`, `over_long` and `no_target` count
 )->InstructionDataset: # Rows of `Example`s
     "A part of the data as ids, raising `InputError` for rows that cannot be learned"
     return InstructionDataset(
         records, job.loaded.tokenizer, job.template, cfg.loss_on, cfg.prompt_weight,
-        max_length=row_limit(job, cfg), over_long=cfg.over_long)
+        max_length=row_limit(job, cfg), over_long=cfg.over_long, no_target=cfg.no_target)
 
 # %% ../nbs/07_job.ipynb #83c29286
 def _check_questions(
@@ -217,6 +229,7 @@ def answer_part(
 
 # %% ../nbs/07_job.ipynb #16fc9bda
 _KEPT = ('split_seed', 'drop_broken', 'loss_on', 'prompt_weight', 'max_length', 'over_long', 'thinking')
+_KEPT_IF_GIVEN = ('rename', 'ignore', 'no_target') # so that folders of earlier versions can be resumed
 
 
 def _run_settings(
@@ -226,7 +239,8 @@ def _run_settings(
     "All that decides what a run learns, as it is kept with the model"
     base = {'base': job.loaded.source, 'base_fingerprint': job.loaded.fingerprint,
             'data': job.source, 'template': job.template.name}
-    kept = {name: getattr(cfg, name) for name in _KEPT}
+    given = [name for name in _KEPT_IF_GIVEN if getattr(cfg, name)!=getattr(JobConfig, name)]
+    kept = {name: getattr(cfg, name) for name in (*_KEPT, *given)}
     return base | kept | {'lora': asdict(cfg.lora)['rank'] if cfg.lora else 0, 'config': asdict(cfg.train)}
 
 # %% ../nbs/07_job.ipynb #82a78198
@@ -253,15 +267,33 @@ def _check_decay(job, cfg):
         f'of which {len(job.added)} rows are trained here, got {cfg.train.weight_decay}; '
         'leave it out, or train all weights without --lora')
 
+# %% ../nbs/07_job.ipynb #c7e5c46e
+def _fit_time(job, rows, val_rows, cfg, say):
+    "The choices with a number of steps where minutes were asked for, and the pace that was measured for it"
+    if cfg.minutes is None or cfg.train.steps: return cfg, None
+    kept = Path(cfg.out)/'config.json'
+    held = load_json(kept) if kept.exists() else {}
+    steps = held.get('steps', 0) if held.get('minutes')==cfg.minutes else 0
+    pace = None
+    about = 'as when it began'
+    if not steps:
+        pace = measure_pace(job.loaded.model, rows, val_rows, cfg.train)
+        steps = fit_steps(pace, cfg.minutes, len(rows), cfg.train)
+        about = f'{pace.step:.2g} s a step, {pace.validation:.2g} s a validation'
+    train = replace(cfg.train, steps=steps)
+    rate = lr_at(steps, steps, train)
+    about = f'{steps} steps for {cfg.minutes:g} minutes: {about}; the rate ends at {rate:g}'
+    say(Stage('time', about, steps=steps, minutes=cfg.minutes, last_rate=rate))
+    return replace(cfg, train=train), pace
+
 # %% ../nbs/07_job.ipynb #82552440
 def _check_job(
     job:Job, # What the run works with; with `cfg.lora` its model gets adapters that change nothing yet
     cfg:JobConfig, # All choices
     say:Callable = print, # Where progress goes
-)->tuple[InstructionDataset, InstructionDataset]: # Rows to train on, rows to validate on
+)->tuple[tuple, JobConfig]: # Rows to train and to validate on, and the choices with the steps that fit
     "Encode the rows and look at everything that can be looked at before training, raising `InputError`"
     out = Path(cfg.out)
-    _check_same_run(out, _run_settings(job, cfg))
     rows:Any = encode_part(job, job.split.train, cfg)
     val_rows:Any = encode_part(job, job.split.val, cfg)
     receipt = val_rows.receipt
@@ -271,14 +303,16 @@ def _check_job(
     _check_decay(job, cfg)
     model = job.loaded.model
     if cfg.lora: add_lora(model, replace(cfg.lora, tokens=(*job.added, *cfg.lora.tokens)), cfg.train.seed)
+    cfg, pace = _fit_time(job, rows, val_rows, cfg, say)
+    _check_same_run(out, _run_settings(job, cfg))
     begun = (out/'checkpoints').exists() or (out/'model').exists()
     if cfg.preflight and not begun:
         stops = default_stop_ids(model, job.loaded.tokenizer, job.template)
         found = check_run(model, rows, val_rows, cfg.train, tokenizer=job.loaded.tokenizer,
-                          stop_ids=stops, folder=out)
+                          stop_ids=stops, folder=out, pace=pace)
         say(Stage('preflight', f'\n{found}', outcomes=[asdict(o) for o in found.outcomes]))
         found.raise_if_bad()
-    return rows, val_rows
+    return (rows, val_rows), cfg
 
 # %% ../nbs/07_job.ipynb #f2013cbb
 class Stopped(KeyboardInterrupt):
@@ -297,8 +331,8 @@ def _tune(job, checked, cfg, say):
     model = job.loaded.model
     out.mkdir(parents=True, exist_ok=True)
     save_json(out/'config.json', settings_of(cfg))
-    receipts = {'training': asdict(rows.receipt), 'validation': asdict(val_rows.receipt)}
-    save_json(out/'receipt.json', receipts)
+    parts = {'training': asdict(rows.receipt), 'validation': asdict(val_rows.receipt)}
+    save_json(out/'receipt.json', parts | {'data': job.intake.facts() if job.intake else {}})
     log = train(model, rows, val_rows, cfg.train, out, resume=cfg.resume, say=say)
     if log.stopped and not out_of_patience(log):
         raise Stopped(f'{out}: {log.stopped}; the same command with --resume goes on')
@@ -342,28 +376,28 @@ def tune_job(
     folder = new_folder(cfg.out, resume=cfg.resume)
     with as_teller(say) as tell:
         job = prepare(cfg, tell)
-        checked = _check_job(job, cfg, tell)
+        checked, cfg = _check_job(job, cfg, tell)
         folder.mkdir(parents=True, exist_ok=True)
         tell.keep_in(folder)
         _train_job(job, checked, cfg, tell)
     return folder/'model'
 
 # %% ../nbs/07_job.ipynb #e59edc05
-def _run_facts(cfg, settings, log):
+def _run_facts(cfg, settings, log, look):
     "What the report tells about the run"
     return RunFacts(
-        f'sft_nb run: {Path(cfg.out).name}', settings | settings['config'],
+        f'sft_nb run: {Path(cfg.out).name}', settings | settings['config'], look_notes(look),
         val_before=log.vals[0].loss, val_after=_last_loss(log), secs={'training': log.secs},
         pictures={'loss.png': ('Training and validation loss', plot_losses(log))})
 
 # %% ../nbs/07_job.ipynb #6d1c6266
 def _check_all(cfg, say):
-    "The job of a run and its rows, once everything has been looked at that can be before training"
+    "The job of a run, its rows and its choices, once everything has been looked at that can be"
     judge = cfg.judge
     if judge: open_judge(lambda _: [], judge, cfg.judging.protocol) # is it there?
     job = prepare(cfg, say)
     _check_questions(job, job.split.test)
-    return job, _check_job(job, cfg, say)
+    return job, *_check_job(job, cfg, say)
 
 # %% ../nbs/07_job.ipynb #690f0c61
 def _report(out, cfg, facts):
@@ -383,14 +417,14 @@ def run_job(
     "Train, answer before and after, score, report: `run_job(JobConfig(data='my.json')).headline`"
     out = new_folder(cfg.out, resume=cfg.resume)
     with as_teller(say) as tell:
-        job, checked = _check_all(cfg, tell)
+        job, checked, cfg = _check_all(cfg, tell)
         settings = _run_settings(job, cfg)
         out.mkdir(parents=True, exist_ok=True)
         tell.keep_in(out)
         answer_part(job, job.split.test, out/'responses-before.json', cfg, tell)
         log = _train_job(job, checked, cfg, tell)
         answer_part(job, job.split.test, out/'responses.json', cfg, tell)
-        data = _report(out, cfg, _run_facts(cfg, settings, log))
+        data = _report(out, cfg, _run_facts(cfg, settings, log, job.look))
         for line in [*score_lines(data), *judge_lines(data)]: tell(line)
         tell(Stage('report', str(out/'report.html'), path=str(out/'report.html')))
     return data
@@ -404,7 +438,7 @@ def plan_job(
     new_folder(cfg.out, resume=cfg.resume)
     say = as_teller(say)
     cfg = replace(cfg, preflight=True)
-    job, (rows, _) = _check_all(cfg, say)
+    job, (rows, _), cfg = _check_all(cfg, say)
     about = describe_run(cfg.train, rows, job.loaded.model)
     say(Stage('plan', f'\n{about}', steps=cfg.train.n_steps(len(rows))))
     say(Stage('dry run', 'nothing was written'))

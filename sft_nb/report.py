@@ -241,7 +241,8 @@ def score_lines(
         facts = {'metric': name, 'before': compared.before, 'after': compared.after, 'difference': diff.mean}
         if diff.is_known: facts |= {'low': diff.low, 'high': diff.high}
         lines.append(Stage('score', f'{name:20} {moved} ({sure})', **facts))
-    return [*lines, Stage('verdict', data.headline.compared.verdict)]
+    notes = [Stage('note', note) for note in data.notes]
+    return [*lines, Stage('verdict', data.headline.compared.verdict), *notes]
 
 # %% ../nbs/06l_report.ipynb #79b56443
 def judge_lines(
