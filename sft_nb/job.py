@@ -40,6 +40,7 @@ from .judge import judge_file, open_judge
 from .numbers import ReportData, RunFacts, load_answers
 from .report import write_report
 from .options import settings_of
+from .thoughts import thought_of
 
 # %% ../nbs/07_job.ipynb #fdc389b5
 def new_folder(
@@ -113,15 +114,29 @@ def fit_vocabulary(
     say(f"vocabulary: {len(missing)} control tokens added ({', '.join(missing)})")
     return replace(loaded, tokenizer=tokenizer), tuple(map(tokenizer.token_id, missing))
 
+# %% ../nbs/07_job.ipynb #875100fa
+def _richer_template(template, loaded, records, say):
+    "The `template`, or 'hermes' where one of ours would leave out tools, calls or thoughts"
+    def is_more(m): return m.role=='tool' or thought_of(m) or 'tool_calls' in (m.more or {})
+
+    needs = any(r.tools or any(map(is_more, r.messages)) for r in records)
+    tuned_here = loaded.template and (Path(loaded.source)/'sft_nb.json').is_file()
+    if not needs or tuned_here or template.name not in ('alpaca', 'chatml', 'smollm2'): return template
+    say(f'template  {template.name} prints no tools, calls or thoughts, so hermes is used; '
+        '--template chooses another')
+    return get_template('hermes')
+
 # %% ../nbs/07_job.ipynb #0c6cc5bc
 def open_model(
     cfg:JobConfig, # `model`, `template`, `force_template`, `thinking` and `device` count
     say:Callable = print, # Where progress goes
+    records:Sequence = (), # `Record`s that will be written in the template
 )->tuple[Loaded, Any, tuple]: # The model, the template, and the ids that were added for it
     "Load the model, and settle which template it is asked in"
     device = choose_device(cfg.device)
     loaded = load_model(cfg.model)
     template = _choose_template(loaded, cfg.template, insist=cfg.force_template)
+    if cfg.template is None: template = _richer_template(template, loaded, records, say)
     template = with_thinking(template, cfg.thinking)
     loaded, added = fit_vocabulary(loaded, template, say)
     loaded.model.to(device)
@@ -138,7 +153,7 @@ def prepare(
     source, records = read_data(cfg, say=say)
     split = split_records(records, seed=cfg.split_seed)
     say(f'split     train {len(split.train)}, test {len(split.test)}, validation {len(split.val)}')
-    return Job(source, split, *open_model(cfg, say))
+    return Job(source, split, *open_model(cfg, say, records))
 
 # %% ../nbs/07_job.ipynb #fa2f3e44
 def row_limit(

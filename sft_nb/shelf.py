@@ -71,11 +71,35 @@ if loop.first and messages[0].role == 'system' else '' %}
    ' ' ~ m.content|trim ~ ' ' ~ eos_token }}
 {%- endfor %}"""
 
+# %% ../nbs/01aa_shelf.ipynb #aa0e7832
+#| code-fold: true
+_hermes = """{% set first = messages[0].content if messages[0].role == 'system' else '' %}
+{% if tools %}
+{{ '<|im_start|>system\n' ~ (first ~ '\n\n' if first else '') ~ 'You may call these tools:\n<tools>\n' }}
+{%- for tool in tools %}{{ tool|tojson ~ '\n' }}{% endfor %}
+{{ '</tools>\nA call is written like this:\n<tool_call>\n' }}
+{{- '{"name": NAME, "arguments": OBJECT}\n</tool_call><|im_end|>\n' }}
+{%- endif %}
+{% set turns = messages[1:] if tools and messages[0].role == 'system' else messages %}
+{% for m in turns %}
+{{ '<|im_start|>' ~ m.role ~ '\n' }}
+{%- if m.reasoning_content %}{{ '<think>\n' ~ m.reasoning_content ~ '\n</think>\n\n' }}{% endif %}
+{{ m.content or '' }}
+{%- for c in m.tool_calls or [] %}
+{% set call = c.function or c %}
+{{ ('\n' if m.content or not loop.first else '') ~ '<tool_call>\n{"name": ' ~ call.name|tojson }}
+{{- ', "arguments": ' ~ (call.arguments or {})|tojson ~ '}\n</tool_call>' }}
+{%- endfor %}
+{{ '<|im_end|>\n' }}
+{%- endfor %}
+{{ '<|im_start|>assistant\n' if add_generation_prompt }}"""
+
 # %% ../nbs/01aa_shelf.ipynb #24c500c1
 _bos_eos = ('bos_token', '<s>'), ('eos_token', '</s>')
 _TEMPLATES:dict[str, Template] = TEXT_TEMPLATES | {t.name: t for t in [
     ChatTemplate('chatml', _chatml),
     ChatTemplate('smollm2', _smollm2),
+    ChatTemplate('hermes', _hermes),
     ChatTemplate('zephyr', _zephyr, _bos_eos),
     ChatTemplate('phi3', _phi3, (('eos_token', '<|endoftext|>'),)),
     ChatTemplate('llama3', _llama3, (('bos_token', '<|begin_of_text|>'),)),
