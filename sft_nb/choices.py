@@ -186,6 +186,16 @@ class Judging:
 
     def __post_init__(self): check_fields(self)
 
+# %% ../nbs/00h_choices.ipynb #11e77d26
+def _check_weights(weights):
+    "Raise `InputError` for what is no weight of a thought, a call or an answer"
+    for span, weight in weights.items():
+        known = span in ('reasoning', 'call', 'answer')
+        is_weight = type(weight) in (int, float) and 0<=weight<math.inf
+        if known and is_weight: continue
+        raise InputError("span_weights: must give 'reasoning', 'call' or 'answer' a number from 0, "
+                         f'got {span!r}: {weight!r}; change it')
+
 # %% ../nbs/00h_choices.ipynb #62b34b70
 @dataclass(frozen=True)
 class JobConfig:
@@ -197,6 +207,7 @@ class JobConfig:
     split_seed:int|None = None # Split at random, duplicates kept together; None: in file order
     loss_on:str = 'response' # 'all', 'response', 'last' or 'message'
     prompt_weight:float = 0. # Loss weight of prompt tokens, 0 to 1
+    span_weights:dict = field(default_factory=dict) # Weight of 'reasoning', 'call', 'answer'; left out: 1
     max_length:int|None = None # Longest row in tokens; None: the model's context
     over_long:str = 'raise' # 'raise', 'drop', 'cut_prompt' or 'cut_answer'
     model:str|Path|None = None # A folder, a .gguf file, a hub name; None: the default model
@@ -215,5 +226,6 @@ class JobConfig:
 
     def __post_init__(self):
         check_fields(self)
+        _check_weights(self.span_weights)
         if type(self.lora) is int:
             object.__setattr__(self, 'lora', LoraConfig(self.lora) if self.lora else None)

@@ -172,7 +172,7 @@ def encode_part(
     "A part of the data as ids, raising `InputError` for rows that cannot be learned"
     return InstructionDataset(
         records, job.loaded.tokenizer, job.template, cfg.loss_on, cfg.prompt_weight,
-        max_length=row_limit(job, cfg), over_long=cfg.over_long)
+        max_length=row_limit(job, cfg), over_long=cfg.over_long, span_weights=cfg.span_weights)
 
 # %% ../nbs/07_job.ipynb #83c29286
 def _check_questions(
@@ -223,7 +223,8 @@ def answer_part(
     return rows
 
 # %% ../nbs/07_job.ipynb #16fc9bda
-_KEPT = ('split_seed', 'drop_broken', 'loss_on', 'prompt_weight', 'max_length', 'over_long', 'thinking')
+_KEPT = ('split_seed', 'drop_broken', 'loss_on', 'prompt_weight', 'max_length', 'over_long', 'thinking',
+         'span_weights')
 
 
 def _run_settings(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['THINKING', 'thought_of', 'without_thoughts', 'thinking_switches', 'thinking_words', 'thinking_of', 'empty_thought',
-           'hush_empty_thoughts', 'before_thought', 'end_of_thought', 'lost_thoughts']
+           'hush_empty_thoughts', 'before_thought', 'end_of_thought', 'lost_thoughts', 'split_spans']
 
 # %% ../nbs/00k_thoughts.ipynb #28d63b64
 import re
@@ -13,7 +13,7 @@ from dataclasses import replace
 from .basics import check_choice
 from .calls import THOUGHT_KEYS
 from .data import Message, Record
-from .said import opens_thought, split_thought
+from .said import find_spans, opens_thought, split_thought
 
 # %% ../nbs/00k_thoughts.ipynb #530c7ab4
 def thought_of(
@@ -137,3 +137,29 @@ def lost_thoughts(
         printed = ''.join(s.text for s in segments if s.turn==i) if thought else ''
         n_lost += ''.join(thought) not in ''.join(printed.split())
     return n_lost
+
+# %% ../nbs/00k_thoughts.ipynb #a7a020ea
+def _pieces(segment, begin, spans):
+    "A segment that begins at `begin` of its answer's text, cut at the borders of `spans`"
+    end = begin + len(segment.text)
+    edges = {edge for span in spans for edge in span[:2] if begin<edge<end}
+    cuts = sorted({begin, end} | edges)
+    for start, stop in zip(cuts, cuts[1:]):
+        kind = next((what for a, b, what in spans if a<=start and stop<=b), 'answer')
+        yield replace(segment, text=segment.text[start-begin:stop-begin], span=kind)
+
+# %% ../nbs/00k_thoughts.ipynb #39ec9337
+def split_spans(
+    segments:Sequence, # `Segment`s of `01_templates`
+)->list: # The same text in perhaps more pieces, each with its `span`
+    "Cut answers where a thought or a call begins or ends"
+    texts:dict = {}
+    found = []
+    for s in segments: texts[s.turn] = texts.get(s.turn, '') + s.text*(not s.stop)
+    spans = {s.turn: find_spans(texts[s.turn]) for s in segments if s.role=='assistant'}
+    at = dict.fromkeys(texts, 0)
+    for s in segments:
+        if not spans.get(s.turn) or s.stop: found.append(s)
+        else: found += _pieces(s, at[s.turn], spans[s.turn])
+        at[s.turn] += len(s.text)
+    return found

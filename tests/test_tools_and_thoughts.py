@@ -26,7 +26,9 @@ from sft_nb.choices import JobConfig, Stops, TrainConfig
 from sft_nb.decoder import Decoder
 from sft_nb.families import config_from_hf
 from sft_nb.saving import save_model
-from sft_nb.shelf import load_template
+from sft_nb.shelf import get_template, load_template
+from sft_nb.dataset import InstructionDataset
+from sft_nb.options import make_job
 from sft_nb.job import run_job, score_lines
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -235,3 +237,24 @@ def test_the_default_model_learns_to_call_and_to_think(tmp_path):
     assert len(thought) > 15 and len(called) > 15
     assert all('<think>' not in row['model_answer'] and '<tool_call>' not in row['model_answer'] for row in thought + called)
     assert all('<think>' in row['model_response'] for row in thought)
+
+
+def test_thought_call_and_answer_weigh_as_they_are_told():
+    tokenizer, template = marked_tokenizer(), ChatTemplate('hermes', get_template('hermes').jinja)
+    records = [r for r in (*tool_records(12), *reasoning_records(6))]
+    plain = InstructionDataset(records, tokenizer, template)
+    weighed = InstructionDataset(records, tokenizer, template, span_weights={'reasoning': .25, 'call': 3})
+    seen = set()
+    for one, other in zip(plain, weighed):
+        assert one.ids.tolist() == other.ids.tolist()
+        assert ((one.learn > 0) == (other.learn > 0)).all()
+        for weight in (.25, 1, 3):
+            text = tokenizer.decode(other.ids[(other.learn == weight) & (one.learn > 0)])
+            if text: seen.add(weight)
+            if weight == .25 and text: assert text.startswith('<think>') and text.rstrip().endswith('</think>'), text
+            if weight == 3 and text: assert text.startswith('<tool_call>') and text.endswith('</tool_call>'), text
+            if weight == 1: assert '<think>' not in text and '<tool_call>' not in text and text.endswith('<|im_end|>'), text
+    assert seen == {.25, 1, 3}
+    assert sum(n['call'] for n in weighed.receipt.kinds.values()) > 0 and weighed.receipt.targets == plain.receipt.targets
+    cfg = make_job({'span_weights': {'reasoning': .5}})
+    assert cfg.span_weights == {'reasoning': .5}
