@@ -203,13 +203,17 @@ class JobConfig:
     data:str|Path|None = None # Records in any format, '-' for standard input; None: the project's own 1,100
     out:str|Path = 'runs/default' # Run folder
     resume:bool = False # Go on with a run that was stopped
-    drop_broken:bool = False # Leave out records that cannot be read, and say how many
+    drop_broken:bool = False # Leave out records that cannot be read or written out, and say how many
+    rename:dict|None = None # Read field A of the file as B; None: its names are known
+    carry:tuple = () # Fields that are kept for the answers and not read; messages.KEY is one of a turn
+    ignore:tuple = () # Fields that are dropped; messages.KEY is one of a turn
     split_seed:int|None = None # Split at random, duplicates kept together; None: in file order
     loss_on:str = 'response' # 'all', 'response', 'last' or 'message'
     prompt_weight:float = 0. # Loss weight of prompt tokens, 0 to 1
-    span_weights:dict = field(default_factory=dict) # Weight of 'reasoning', 'call', 'answer'; left out: 1
+    span_weights:dict|None = None # Weight of 'reasoning', 'call', 'answer'; left out: 1
     max_length:int|None = None # Longest row in tokens; None: the model's context
     over_long:str = 'raise' # 'raise', 'drop', 'cut_prompt' or 'cut_answer'
+    no_target:str = 'raise' # 'raise' or 'drop': a row in which nothing is learned
     model:str|Path|None = None # A folder, a .gguf file, a hub name; None: the default model
     template:str|None = None # None: the model's own, else Alpaca
     force_template:bool = False # Use a tuned model in another template than its own
@@ -226,6 +230,6 @@ class JobConfig:
 
     def __post_init__(self):
         check_fields(self)
-        _check_weights(self.span_weights)
+        _check_weights(self.span_weights or {})
         if type(self.lora) is int:
             object.__setattr__(self, 'lora', LoraConfig(self.lora) if self.lora else None)

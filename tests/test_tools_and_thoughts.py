@@ -29,7 +29,8 @@ from sft_nb.saving import save_model
 from sft_nb.shelf import get_template, load_template
 from sft_nb.dataset import InstructionDataset
 from sft_nb.options import make_job
-from sft_nb.job import run_job, score_lines
+from sft_nb.report import score_lines
+from sft_nb.job import run_job
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_records_2026 import KINDS, conversations, transformers_text # noqa: E402
