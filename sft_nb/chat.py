@@ -201,18 +201,25 @@ def _answer_start(printed, turn, at, begin):
     return begin
 
 # %% ../nbs/01a_chat.ipynb #37f374bd
-def _cut_prompt(printed):
-    "Segments of a prompt"
+def _cut_prompt(printed, spans=None):
+    "Segments of a prompt; `spans` holds the places of the words where they are known"
     text = printed.text
-    spans = [(_span(printed, i), i) for i in range(len(printed.messages))]
+    if spans is None:
+        turns = range(len(printed.messages))
+        spans = [(_span(printed, i), i) for i in turns]
     segments = []
     at = 0
+    own_words:dict = {} # what stands in front of an answer's words -> how much of it is the answer's own
     for (begin, end), i in sorted((span, i) for span, i in spans if span):
         role = printed.messages[i].role
         start = begin
         pieces = [Segment(text[begin:end], control=False, role=role, turn=i)]
         if role=='assistant':
-            start = _answer_start(printed, i, at, begin)
+            asks = printed.messages[i - 1].role, text[at:begin]
+            if asks not in own_words:
+                start = _answer_start(printed, i, at, begin)
+                own_words[asks] = begin - start
+            start = begin - own_words[asks]
             pieces, end = _spoken(printed, i, start, (begin, end))
             if not pieces[-1].text: pieces.pop() # only the last answer may end with the tokenizer's own token
         segments += [Segment(text[at:start]), *pieces]
@@ -236,6 +243,17 @@ def _cut_answer(printed, asked):
     pieces, end = _spoken(printed, turn, len(asked), span)
     return [*pieces, Segment(text[end:])]
 
+# %% ../nbs/01a_chat.ipynb #789c4960
+def _mark_spans(printed):
+    "Where the numbered marks stand that are the messages, raising `InputError` if one is not printed once"
+    marks = re.finditer('\ue002([0-9]+)\ue002', printed.text)
+    spans = [(m.span(), int(m[1])) for m in marks]
+    found = sorted(i for _, i in spans)
+    wanted = list(range(len(printed.messages)))
+    if found==wanted: return spans
+    raise InputError(f'{printed.where}: template {printed.template.name!r} does not print each message '
+                     f'once, got {len(spans)} places; use another template')
+
 # %% ../nbs/01a_chat.ipynb #d52466d3
 @lru_cache(1000)
 def _layout(template, roles, is_prompt):
@@ -244,27 +262,39 @@ def _layout(template, roles, is_prompt):
     messages = tuple(Message(role, mark, learn) for mark, (role, learn) in zip(marks, roles))
     try:
         printed = _print(template, messages, 'layout', ask=is_prompt)
-        if is_prompt: layout = _cut_prompt(printed)
+        if is_prompt: layout = _cut_prompt(printed, _mark_spans(printed))
         else: layout = _cut_answer(printed, template.render(messages[:-1], 'layout', ask=True))
     except InputError: return None
     whole = [s.control or s.text==messages[s.turn].content for s in layout]
     return layout if all(whole) else None # a template that cuts a message also cuts its mark
+
+# %% ../nbs/01a_chat.ipynb #5fbc1aa9
+def _as_printed(words, after, text, at):
+    "`words` as they stand at `at` of `text`, with `after` behind: whole or stripped; None if they do not"
+    for form in (words, words.strip(), words.lstrip(), words.rstrip()):
+        if text.startswith(form + after, at): return form
+    return None
 
 # %% ../nbs/01a_chat.ipynb #7028bef3
 def _fill(printed, asked):
     "Segments by way of the layout, after the prompt `asked` if there is one; None if that is not exact"
     template, messages, text, _, _ = printed
     layout = _layout(template, tuple([(m.role, m.learn) for m in messages]), asked is None)
-    if layout is None: return None
+    if layout is None or not text.startswith(asked or ''): return None
     filled = []
-    for s in layout:
+    at = len(asked or '')
+    for s, behind in zip(layout, [*layout[1:], Segment('')]):
+        words = s.text
         if not s.control:
-            words = messages[s.turn].content
-            s = Segment(words, control=False, learn=s.learn, role=s.role, turn=s.turn)
+            after = behind.text if behind.control else ''
+            words = _as_printed(messages[s.turn].content, after, text, at)
+            if words is None: return None
+            own = dict(learn=s.learn, role=s.role, turn=s.turn)
+            s = Segment(words, control=False, **own)
+        if not text.startswith(words, at): return None
         filled.append(s)
-    joined = ''.join([s.text for s in filled])
-    exact = (asked or '') + joined==text
-    return filled if exact else None
+        at += len(words)
+    return filled if at==len(text) else None
 
 # %% ../nbs/01a_chat.ipynb #917c85d5
 def _rich_segments(template, messages, record, asked=None):

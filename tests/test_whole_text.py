@@ -1,11 +1,13 @@
 """The ids of training are the ids of the whole text, as `tokenizers` reads it, whatever the template, the vocabulary and the words"""
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings, strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from sft_nb.shelf import get_template
+from sft_nb import chat
 from sft_nb.data import read_record
 from sft_nb.rows import LEARNED, STOP, encode_prompt, encode_rows
 from sft_nb.templates import render_prompt, render_record
@@ -123,3 +125,18 @@ def test_what_is_learned_says_the_answer_and_its_stop(kind, template, asked, ans
     learned = [i for ids, k in zip(row.ids, row.kinds) if k in (LEARNED, STOP) for i in ids]
     assert learned[-1] in tokenizer.control_ids
     if 'qwen' != kind and kind != 'left': assert answer.strip() in tokenizer.decode(learned)
+
+
+@pytest.mark.parametrize('name', TALK)
+def test_twice_the_turns_are_twice_the_work(name, monkeypatch):
+    "Counted in messages that are printed, for words with white space around them, which many templates strip"
+    real, printed = chat._render, []
+    monkeypatch.setattr(chat, '_render', lambda template, messages, *rest: printed.append(len(messages)) or real(template, messages, *rest))
+
+    def work(n, name):
+        fresh = replace(get_template(name), name=f'{name} {n}') # no layout of it is known
+        turns = [dict(role=('user', 'assistant')[i%2], content=f' turn {i} \n') for i in range(n)]
+        printed.clear()
+        render_record(read_record(dict(messages=turns)), fresh)
+        return sum(printed)
+    assert work(240, name) <= 4.5*work(60, name) <= 60*50
