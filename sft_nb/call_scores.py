@@ -85,9 +85,11 @@ def call_fault(
 def calls_valid(
     made:Sequence, # Calls of the answer
     tools:Sequence|None, # The tools of the record
-)->float: # 0 to 100; NaN where nothing was called, or no tools are known
-    "Share of the calls that a tool would take"
-    if not made or not tools: return math.nan
+    wanted:Sequence=(), # Calls of the reference
+)->float: # 0 to 100; NaN where nothing was called or wanted, or no tools are known
+    "Share of the calls that a tool would take; 0 where one was wanted and none was made"
+    if not tools or not (made or wanted): return math.nan
+    if not made: return 0.
     return 100.*sum(not call_fault(call, tools) for call in made)/len(made)
 
 # %% ../nbs/06ab_call_scores.ipynb #b6ec37fd
@@ -106,4 +108,4 @@ def score_calls(
 )->dict: # Name -> score, 0 to 100 or NaN
     "All scores of the calls of one row: `score_calls(wanted, made, tools)['calls_exact']`"
     scores = [score(wanted, made) for score in (calls_exact, calls_found, call_names)]
-    return dict(zip(CALL_METRICS, [*scores, calls_valid(made, tools)]))
+    return dict(zip(CALL_METRICS, [*scores, calls_valid(made, tools, wanted)]))

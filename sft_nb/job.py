@@ -21,7 +21,7 @@ from .columns import FieldBook
 from .data import Record
 from .readers import default_data_file
 from .machine import choose_device
-from .shelf import get_template, with_thinking
+from .shelf import get_template, richer_template, with_thinking
 from .rows import encode_prompt, missing_tokens
 from .dataset import InstructionDataset
 from .intake import (
@@ -41,7 +41,6 @@ from .judge import judge_file, open_judge
 from .numbers import ReportData, RunFacts, load_answers
 from .report import write_report
 from .options import settings_of
-from .thoughts import thought_of
 from .telling import Stage, as_teller
 from .settings import describe_run
 from .telling import bars_wanted
@@ -123,18 +122,6 @@ def fit_vocabulary(
     say(f"vocabulary: {len(missing)} control tokens added ({', '.join(missing)})")
     return replace(loaded, tokenizer=tokenizer), tuple(map(tokenizer.token_id, missing))
 
-# %% ../nbs/07_job.ipynb #875100fa
-def _richer_template(template, loaded, records, say):
-    "The `template`, or 'hermes' where one of ours would leave out tools, calls or thoughts"
-    def is_more(m): return m.role=='tool' or thought_of(m) or 'tool_calls' in (m.more or {})
-
-    needs = any(r.tools or any(map(is_more, r.messages)) for r in records)
-    tuned_here = loaded.template and (Path(loaded.source)/'sft_nb.json').is_file()
-    if not needs or tuned_here or template.name not in ('alpaca', 'chatml', 'smollm2'): return template
-    say(f'template  {template.name} prints no tools, calls or thoughts, so hermes is used; '
-        '--template chooses another')
-    return get_template('hermes')
-
 # %% ../nbs/07_job.ipynb #0c6cc5bc
 def open_model(
     cfg:JobConfig, # `model`, `template`, `force_template`, `thinking` and `device` count
@@ -145,7 +132,8 @@ def open_model(
     device = choose_device(cfg.device)
     loaded = load_model(cfg.model)
     template = _choose_template(loaded, cfg.template, insist=cfg.force_template)
-    if cfg.template is None: template = _richer_template(template, loaded, records, say)
+    own = loaded.source if loaded.template else None
+    if cfg.template is None: template = richer_template(template, records, own, say)
     template = with_thinking(template, cfg.thinking)
     loaded, added = fit_vocabulary(loaded, template, say)
     loaded.model.to(device)
