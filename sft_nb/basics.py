@@ -120,8 +120,9 @@ def _open_file(path):
                                 'write hub:owner/name)') from None
     except (OSError, ValueError) as e: # a ValueError is about a NUL byte in the name
         why = getattr(e, 'strerror', e)
-        raise InputError(f'{name}: cannot be opened, got {why}; check its name and its rights '
-                         '(records that are in memory go to as_records)') from None
+        is_data = str(path).lstrip().startswith(('[', '{'))
+        advice = 'records that are in memory go to as_records' if is_data else 'check its name and its rights'
+        raise InputError(f'{name}: cannot be opened, got {why}; {advice}') from None
 
 # %% ../nbs/00_basics.ipynb #10353c67
 @contextmanager
