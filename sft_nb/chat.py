@@ -233,7 +233,7 @@ def _cut_answer(printed, asked):
     if not text.startswith(asked):
         raise InputError(f'{where}: template {template.name!r} asks with {shorten(asked[-30:])} but prints '
                          'answers in another way, so the model would learn what it is never asked; '
-                         "use another template, or thinking='record' where it is about a thought")
+                         'use another template, or, where it is about a thought, --thinking record')
     turn = len(messages)-1
     span = _span(printed, turn)
     if span is None: # a blank answer that is left out stands before its stop

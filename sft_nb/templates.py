@@ -39,6 +39,7 @@ class Segment:
     role:str = 'frame' # 'system', 'user', 'assistant', or 'frame' for what nobody says
     turn:int = -1 # Index of the message it comes from; -1: the frame
     stop:bool = False # Does it end an answer?
+    span:str = 'answer' # What of an answer it is, where that is told apart: 'reasoning', 'call' or 'answer'
 
     @property
     def kind(self)->str: # 'read', 'learned' or 'stop'
@@ -86,7 +87,8 @@ def visible_text(
 STYLES = {'read': 'color:#767676', 'learned': 'color:#0072b2;font-weight:bold',
           'stop': 'background:#e69f00;color:black', 'mute': 'color:#767676',
           'cut': 'color:#b3261e;text-decoration:line-through',
-          'border': 'background:#cc79a7;color:black'}
+          'border': 'background:#cc79a7;color:black',
+          'reasoning': 'color:#009e73;font-weight:bold', 'call': 'color:#cc79a7;font-weight:bold'}
 
 def colored_html(
     pieces:Iterable, # (kind, text) of each, with a kind of `STYLES`
