@@ -54,6 +54,8 @@ def new_folder(
 )->Path: # The same, not yet created
     "Check that `path` is free: `FileExistsError` if it is a file, or holds anything and is not resumed"
     path = Path(path)
+    if not os.fsencode(path).decode(errors='replace')==str(path):
+        raise InputError(f'{path}: is no UTF-8, so no model can be saved under it; choose another --out')
     there = next(p for p in (path, *path.absolute().parents) if p.exists())
     if there.is_file(): raise FileExistsError(f'{there}: is a file; choose another --out')
     if not os.access(there, os.W_OK): raise InputError(f'{there}: cannot be written to; choose another --out')

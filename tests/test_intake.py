@@ -317,6 +317,18 @@ def test_ctrl_c_while_libraries_load_is_one_line(home, secs):
     assert process.returncode in (0, 130) and said.decode() in ('', 'sft_nb: interrupted\n')
 
 
+@pytest.mark.skipif(sys.platform != 'linux', reason='elsewhere file names are text')
+def test_names_that_are_no_utf8_are_read_and_reported(home):
+    name, out = (os.fsdecode(raw) for raw in (b'm\xfcller.jsonl', b'm\xfcller.answers.jsonl'))
+    write_rows(home/name, [row | {'instruction': f'Name town {i % 11} of {i % 11}.'} for i, row in enumerate(PAIRS*3)])
+    done = sft_nb('run', '--data', name, *FAST, '--max-new', '2', '--out', 'named', cwd=home, PYTHONIOENCODING='utf-8:strict')
+    assert done.returncode == 0 and 'ller.jsonl' in (home/'named'/'report.md').read_text(), done.stderr
+    assert sft_nb('respond', '--data', name, '--model', 'tiny', '--max-new', '2', '--out', out, cwd=home).returncode == 0
+    assert sft_nb('compare', out, out, '--out', 'odd-report', cwd=home).returncode == 0 and (home/'odd-report'/'report.html').read_text()
+    refused = sft_nb('train', '--data', name, *FAST, '--out', os.fsdecode(b'\xfc'), cwd=home)
+    assert refused.returncode == 2 and b'is no UTF-8' in refused.stderr and len(refused.stderr.splitlines()) == 1
+
+
 # hints that can be followed
 
 def messages():
