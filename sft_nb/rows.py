@@ -305,7 +305,7 @@ def _token_texts(ids, tokenizer):
 # %% ../nbs/01c_rows.ipynb #02b0716f
 _ansi = {'read': '90', 'learned': '1;34', 'stop': '30;43', 'mute': '90', 'cut': '9;31', 'border': '30;45',
          'reasoning': '1;32', 'call': '1;35'}
-_marks = {'learned': '[]', 'stop': '{}', 'cut': '~~'}
+_marks = {'learned': '[]', 'reasoning': '[]', 'call': '[]', 'stop': '{}', 'cut': '~~'}
 
 
 @dataclass(frozen=True)
@@ -379,7 +379,7 @@ def view_record(
     "The tokens of `record` as training sees them, what is cut included: `view_record(record, 'alpaca', tok)`"
     check_choice('loss_on', loss_on, LOSS_ON)
     check_choice('over_long', over_long, OVER_LONG)
-    row = encode_rows([record], template, tokenizer, loss_on)[0]
+    row = encode_rows([record], template, tokenizer, loss_on, spans=True)[0]
     fitted, reason = fit_row(row, max_length, over_long)
     if reason=='no target': fitted = row # the limit takes nothing away from it
     marks = _token_marks(row, fitted, from_the_front=over_long=='cut_prompt' and not row.has_input)

@@ -71,7 +71,9 @@ class Rendered:
     def __repr__(self): return str(self)
 
     def _repr_html_(self):
-        return colored_html([(s.kind, s.text or '(end)') for s in self.segments], self.where)
+        def kind(s): return s.span if s.kind=='learned' and s.span in STYLES else s.kind
+
+        return colored_html([(kind(s), s.text or '(end)') for s in self.segments], self.where)
 
 # %% ../nbs/01_templates.ipynb #bb8f6722
 def visible_text(
