@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from .basics import InputError, check_fields, rule, shorten
+from .basics import InputError, check_choice, check_fields, rule, shorten
 
 # %% ../nbs/00h_choices.ipynb #d83c3863
 _SCHEDULES = 'cosine', 'linear', 'wsd', 'constant'
@@ -175,16 +175,22 @@ class Patience:
     def __post_init__(self): check_fields(self)
 
 # %% ../nbs/00h_choices.ipynb #b72c7d1e
+_PROTOCOLS = 'levels', 'book'
+_WAYS = 'decision', 'logprobs', 'json', 'text'
+
 @dataclass(frozen=True)
 class Judging:
     "How a file is judged: `Judging(protocol='book', exam=20)`"
     protocol:Any = 'levels' # 'levels' (five, anchored) or 'book' (0 to 100), or a `Protocol`
-    way:str|None = None # 'decision', 'logprobs', 'json' or 'text'; None: the best that works
+    way:str|None = _ruled(None, one_of=_WAYS) # How verdicts are read; None: the best that works
     exam:int = _ruled(40, least=0) # Rows of the judge's exam; 0: no exam
     workers:int|None = _ruled(None, least=1) # Questions at a time; None: 1 on this machine, 8 elsewhere
     retry_failed:bool = False # Ask again what could not be read
 
-    def __post_init__(self): check_fields(self)
+    def __post_init__(self):
+        check_fields(self)
+        named = isinstance(self.protocol, str)
+        if named: check_choice('judge protocol', self.protocol, _PROTOCOLS)
 
 # %% ../nbs/00h_choices.ipynb #11e77d26
 def _check_weights(weights):

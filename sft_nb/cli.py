@@ -51,11 +51,14 @@ def _listed(kind, text):
     return [kind(part.strip()) for part in text.split(',') if part.strip()]
 
 # %% ../nbs/07a_cli.ipynb #573ebe5f
-def _renaming(text):
-    "The two names of A=B"
+def _pair(kind, text):
+    "The two sides of A=B, the second of its kind"
     old, _, new = text.partition('=')
-    if old and new: return old, new
-    raise argparse.ArgumentTypeError(f'write A=B, got {text!r}')
+    try:
+        if old and new: return old, kind(new)
+    except ValueError: pass
+    wanted = 'A=B' if kind is str else 'A=B with a number for B'
+    raise argparse.ArgumentTypeError(f'write {wanted}, got {text!r}')
 
 # %% ../nbs/07a_cli.ipynb #335ef60d
 def _typed(option):
@@ -65,7 +68,9 @@ def _typed(option):
     if option.name in _COMMAS:
         kind = _COMMAS[option.name]
         return {'metavar': f'{_SHOWN.get(kind, "NAME")},...', 'type': partial(_listed, kind)}
-    if option.kind is dict: return how | {'action': 'append', 'type': _renaming}
+    if option.kind is dict:
+        kind = float if option.name=='span_weights' else str
+        return how | {'action': 'append', 'type': partial(_pair, kind)}
     if option.kind is tuple: return how | {'action': 'append'}
     return how | {'type': option.kind}
 
