@@ -36,7 +36,9 @@ class Batch:
         device:torch.device|str, # Where the tensors go
     )->'Batch': # On `device`
         "The same batch elsewhere"
-        moved:dict[str, Any] = {k: v.to(device, non_blocking=True) for k, v in vars(self).items()
+        to = torch.device(device)
+        early = to.type=='cuda' # there the copy may go on while the program does
+        moved:dict[str, Any] = {k: v.to(to, non_blocking=early) for k, v in vars(self).items()
                                 if isinstance(v, torch.Tensor)}
         return replace(self, **moved)
 

@@ -245,7 +245,8 @@ def _two_tables(model):
     "The embedding to read ids from, None for the model's own, and the head's table"
     table = model.head_weight
     learns = torch.is_grad_enabled() and table.requires_grad
-    if model.cfg.tied and model.shortcuts.one_gradient and learns: return Twice.of(table)
+    sparse = table.device.type in ('cpu', 'cuda') # an Apple GPU has few operations on sparse gradients
+    if model.cfg.tied and model.shortcuts.one_gradient and learns and sparse: return Twice.of(table)
     return None, table
 
 # %% ../nbs/04f_decoder.ipynb #58042dc6

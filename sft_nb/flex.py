@@ -69,7 +69,7 @@ def flex_multiple(
     return max(128, 2**(n_tokens.bit_length() - 1)//8)
 
 # %% ../nbs/04e_flex.ipynb #11abb1c0
-def _trains_flex(device): return device.type!='cpu' # torch has no backward kernel there
+def _trains_flex(device): return device.type=='cuda' # torch has a backward kernel nowhere else
 
 # %% ../nbs/04e_flex.ipynb #b48994f1
 def check_trains(
@@ -80,7 +80,8 @@ def check_trains(
     "Raise `InputError` where FlexAttention has no derivative, or a wrong one"
     if cuts.attention!='flex': return
     if not _trains_flex(device):
-        raise InputError("attention: 'flex' has no derivative on a CPU; use 'auto' to train "
+        where = 'a CPU' if device.type=='cpu' else device.type
+        raise InputError(f"attention: 'flex' has no derivative on {where}; use 'auto' to train "
                          '(under torch.no_grad() it works)')
     # seen in torch 2.13: tracing the cap disturbs what the checkpoint notes
     if cuts.recompute and cfg.score_cap is not None:

@@ -6,7 +6,7 @@
 __all__ = ['new_folder', 'Job', 'read_data', 'fit_vocabulary', 'open_model', 'prepare', 'row_limit', 'encode_part', 'answer_part',
            'Stopped', 'tune_job', 'run_job', 'score_lines', 'judge_lines']
 
-# %% ../nbs/07_job.ipynb #71bf332f
+# %% ../nbs/07_job.ipynb #f247679b
 import os
 import shutil
 import sys
@@ -31,7 +31,7 @@ from .lora import add_lora, merge_lora
 from .sampling import default_stop_ids
 from .generation import answer_records, check_prompts
 from .settings import TrainLog, load_log
-from .run import train
+from .run import out_of_patience, train
 from .watch import plot_losses
 from .preflight import check_run
 from .responses import answer_file, load_meta
@@ -39,6 +39,7 @@ from .scores import response_health
 from .judge import judge_file, open_judge
 from .numbers import ReportData, RunFacts, load_answers
 from .report import write_report
+from .options import settings_of
 
 # %% ../nbs/07_job.ipynb #fdc389b5
 def new_folder(
@@ -272,6 +273,11 @@ def _check_job(
 class Stopped(KeyboardInterrupt):
     "The user asked a run to stop; what is done is saved, and the message says how to go on"
 
+# %% ../nbs/07_job.ipynb #fccea1fe
+def _last_loss(log):
+    "The validation loss of the weights that a run ends with"
+    return log.best_val.loss if log.cfg.best else log.vals[-1].loss
+
 # %% ../nbs/07_job.ipynb #807dc0cf
 def _tune(job, checked, cfg, say):
     "Train and save the model under `cfg.out`"
@@ -279,14 +285,17 @@ def _tune(job, checked, cfg, say):
     rows, val_rows = checked
     model = job.loaded.model
     out.mkdir(parents=True, exist_ok=True)
+    save_json(out/'config.json', settings_of(cfg))
     receipts = {'training': asdict(rows.receipt), 'validation': asdict(val_rows.receipt)}
     save_json(out/'receipt.json', receipts)
     log = train(model, rows, val_rows, cfg.train, out, resume=cfg.resume, say=say)
-    if log.stopped: raise Stopped(f'{out}: {log.stopped}; the same command with --resume goes on')
+    if log.stopped and not out_of_patience(log):
+        raise Stopped(f'{out}: {log.stopped}; the same command with --resume goes on')
     if cfg.lora:
         largest = merge_lora(model)
         say(f'adapter   merged into the weights; the largest difference of a logit is {largest:.1e}')
-    meta = _run_settings(job, cfg) | {'validation_loss': [log.vals[0].loss, log.vals[-1].loss]}
+    losses = [log.vals[0].loss, _last_loss(log)]
+    meta = _run_settings(job, cfg) | {'settings': settings_of(cfg), 'validation_loss': losses}
     save_model(out/'model', model, job.loaded.tokenizer, job.template, meta)
 
 # %% ../nbs/07_job.ipynb #dd79a4d4
@@ -306,7 +315,7 @@ def _train_job(
     plot_losses(log).savefig(out/'loss.png', dpi=100)
     speed = f'{log.seen_tokens/log.secs:,.0f} tokens/s ({log.dtype})'
     say(f'training  {len(log.steps)} steps in {log.secs/60:.1f} minutes, {speed}; '
-        f'validation loss {log.vals[0].loss:.4f} -> {log.vals[-1].loss:.4f} nats a target')
+        f'validation loss {log.vals[0].loss:.4f} -> {_last_loss(log):.4f} nats a target')
     return log
 
 # %% ../nbs/07_job.ipynb #a0a8f643
@@ -325,7 +334,7 @@ def _run_facts(cfg, settings, log):
     "What the report tells about the run"
     return RunFacts(
         f'sft_nb run: {Path(cfg.out).name}', settings | settings['config'],
-        val_before=log.vals[0].loss, val_after=log.vals[-1].loss, secs={'training': log.secs},
+        val_before=log.vals[0].loss, val_after=_last_loss(log), secs={'training': log.secs},
         pictures={'loss.png': ('Training and validation loss', plot_losses(log))})
 
 # %% ../nbs/07_job.ipynb #d247e4bd

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from .data import Split
-from .machine import get_default_device
+from .machine import choose_device
 from .tokenizer import as_tokenizer
 from .dataset import InstructionDataset
 from .collate import custom_collate_fn
@@ -81,7 +81,7 @@ def make_loaders(
     batch_size:int = 8, # Rows of a batch
     seed:int = 123, # Of the training order
     max_length:int = 1024, # Most positions of a row: the model's context
-    *, device:torch.device|str|None = None, # Where batches go; None: `get_default_device()`
+    *, device:torch.device|str|None = None, # Where batches go; None: `choose_device()`
     **options, # For `InstructionDataset`, such as `template='alpaca'`
 )->Loaders: # Three, named train, test, val
     "Data sets and loaders of rectangles: `make_loaders(split, 'gpt2', template='alpaca')`"
@@ -90,7 +90,7 @@ def make_loaders(
     parts = (split.train, split.test, split.val)
     train, test, val = (InstructionDataset(part, tokenizer, **options) for part in parts)
     collate = partial(custom_collate_fn, pad_token_id=tokenizer.pad_id, allowed_max_length=max_length,
-                      device=get_default_device() if device is None else device)
+                      device=choose_device() if device is None else device)
 
     def loader(data, **how): # its own generator, so that the global one is left alone
         return DataLoader(data, batch_size, collate_fn=collate, generator=torch.Generator(), **how)

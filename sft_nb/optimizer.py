@@ -8,6 +8,7 @@ __all__ = ['windows', 'HasGradPlace', 'check_decay', 'Optimizer', 'FlatAdamW']
 # %% ../nbs/05a_optimizer.ipynb #a9ecaf8b
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
@@ -183,6 +184,20 @@ def _grad_norm(
     squares = torch.stack([torch.dot(g, g) for g in pieces])
     return math.sqrt(math.fsum(squares.tolist()))
 
+# %% ../nbs/05a_optimizer.ipynb #b21c575d
+@cache
+def _scales_inside(
+    device:torch.device, # Where the update is made
+)->bool: # If not, the gradient is scaled before
+    "Does PyTorch's fused AdamW divide the gradient by `grad_scale` on this device?"
+    def number(x): return torch.full((1,), x, device=device)
+    mean = number(0.)
+    torch._fused_adamw_(
+        [number(1.)], [number(8.)], [mean], [number(0.)], [], [number(1.)[0]], lr=0., beta1=.5, beta2=.5,
+        weight_decay=0., eps=1., amsgrad=False, maximize=False, grad_scale=number(4.)[0],
+        found_inf=number(0.)[0])
+    return mean.item()==1.
+
 # %% ../nbs/05a_optimizer.ipynb #a9f91531
 def _update(
     flat:_Flat, # Masters, averages and working copy are overwritten
@@ -194,11 +209,14 @@ def _update(
     "Update a stretch of the weights and round them into the working copy"
     def number(x): return torch.tensor(float(x), device=flat.master_N.device)
     count = number(flat.n_updates)
-    inverse = number(1/scale)
-    never = number(0)
+    inside = _scales_inside(flat.master_N.device)
+    inverse = number(1/scale) if inside else None
+    never = number(0) if inside else None
     for i, j in _chunks(*stretch):
+        piece = _grad_piece(flat, i, j)
+        if not inside: piece.mul_(scale)
         torch._fused_adamw_(
-            [flat.master_N[i:j]], [_grad_piece(flat, i, j)], [flat.mean_N[i:j]], [flat.square_N[i:j]],
+            [flat.master_N[i:j]], [piece], [flat.mean_N[i:j]], [flat.square_N[i:j]],
             [], [count], weight_decay=decay, amsgrad=False, maximize=False, grad_scale=inverse,
             found_inf=never, **adam)
         if flat.banked: flat.bank_N[i:j].zero_()

@@ -26,6 +26,7 @@ from .checkpoints import StopFlag, newest_checkpoint, read_tensors, save_checkpo
 from .choices import TrainConfig
 from .settings import StepLog, TrainLog, ValLog, describe_run, load_log, log_line, lr_at, step_rows
 from .steps import RunPlan, World, accumulate, block_options, micro_batches, processes, validate
+from .basics import load_json
 
 # %% ../nbs/05f_run.ipynb #ea134149
 @dataclass
@@ -156,10 +157,12 @@ def _write_head(
     "Write the configuration, and the log up to where the run begins"
     if plan.folder is None: return
     settings = asdict(plan.cfg)
+    config = plan.folder/'config.json'
+    held = load_json(config) if config.exists() else {} # what a job wrote beside it stays
     head = dict(kind='run', cfg=settings, dtype=state.log.dtype, n_rows=state.log.n_rows)
     entries = sorted(state.log.steps+state.log.vals, key=lambda e: (e.step, isinstance(e, ValLog)))
     with _writing(plan.folder):
-        save_json(plan.folder/'config.json', settings)
+        save_json(config, held | settings)
         write_atomic(plan.folder/'log.jsonl', ''.join(map(log_line, [head, *entries])))
 
 # %% ../nbs/05f_run.ipynb #80074503

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from .basics import InputError
+from .machine import widest_float
 from .templates import TextTemplate
 from .chat import ChatTemplate
 from .tokenizer import Tokenizer
@@ -87,9 +88,11 @@ def choose_ids(
     if how.top_k is not None: scores = keep_top_k(scores, how.top_k)
     if how.top_p is not None: scores = keep_top_p(scores, how.top_p)
     if how.min_p is not None: scores = keep_min_p(scores, how.min_p)
-    ends = scores.softmax(-1).double().cumsum(-1) # where the stretch of each id ends
-    at_B1 = draw_B[:,None].double()*ends[:,-1:]
-    return torch.searchsorted(ends, at_B1, right=True)[:,0]
+    share = scores.softmax(-1)
+    if widest_float(share.device)!=torch.float64: share = share.cpu() # an Apple GPU
+    ends = share.double().cumsum(-1) # where the stretch of each id ends
+    at_B1 = draw_B[:,None].to(ends)*ends[:,-1:]
+    return torch.searchsorted(ends, at_B1, right=True)[:,0].to(scores.device)
 
 # %% ../nbs/04n_sampling.ipynb #ab0b2676
 def default_stop_ids(

@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from .basics import InputError
+from .machine import widest_float
 from .decoder import Decoder
 from .optimizer import FlatAdamW, check_decay, windows
 from .checkpoints import open_part, read_tensors, seal_part, writing
@@ -53,7 +54,7 @@ def _make_adam(named, weight_decay, **how):
 # %% ../nbs/05c_sharding.ipynb #1a78e097
 def _length(parts):
     "Length of a gradient of which each process has parts"
-    squares = [torch.linalg.vector_norm(g, dtype=torch.float64)**2 for g in parts]
+    squares = [torch.linalg.vector_norm(g, dtype=widest_float(g.device))**2 for g in parts]
     square = torch.stack(squares).sum()
     dist.all_reduce(square)
     return square.sqrt().item()

@@ -1,5 +1,6 @@
 // A device called "second" that computes on the processor, but refuses operations on tensors of both: on machines without a GPU it finds
-// what would fail there for want of a `.to(device)`. An index may be on the processor, as with CUDA. It has no float64, as Apple's GPUs have none.
+// what would fail there for want of a `.to(device)`. An index may be on the processor, as with CUDA. In the rest it is as poor as Apple's GPUs:
+// it has no float64, no sparse tensors and no operation that `refuse` was told of, and its fused AdamW never looks at `grad_scale`.
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/NativeFunctions.h>
@@ -9,6 +10,8 @@
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <c10/core/impl/alloc_cpu.h>
 #include <torch/extension.h>
+#include <set>
+#include <string>
 
 namespace {
 constexpr auto kind = c10::DeviceType::PrivateUse1;
@@ -72,8 +75,17 @@ Tensor& set_storage(Tensor& t, at::Storage storage, int64_t offset, Ints size, I
 Tensor as_strided(const Tensor& t, Ints size, Ints stride, std::optional<int64_t> offset) { return at::native::as_strided_tensorimpl(t, size, stride, offset); }
 Tensor view(const Tensor& t, Ints size) { return at::native::view(t, size); }
 
+std::set<std::string> refused, reached;
+
 void all_others(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
-  const std::string name = op.schema().name();
+  const std::string name = op.schema().name(), overload = op.schema().overload_name();
+  const std::string full = overload.empty() ? name : name + "." + overload;
+  TORCH_CHECK(!refused.count(full), "the operator ", full, " is not implemented on this device");
+  reached.insert(full);
+  const auto& wanted = op.schema().arguments();
+  if (name=="aten::_fused_adamw_")
+    for (size_t i = 0; i < wanted.size(); i++)
+      if (wanted[i].name()=="grad_scale" || wanted[i].name()=="found_inf") torch::jit::peek(*stack, i, wanted.size()) = c10::IValue();
   bool on_second = false, on_cpu = false;
   auto look = [&](const Tensor& t) { if (t.defined()) (t.is_cpu() ? on_cpu : on_second) |= !t.is_cpu() || t.dim()>0; };
   for (auto& v : torch::jit::last(*stack, op.schema().arguments().size())) {
@@ -100,4 +112,8 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("as_strided", as_strided);
   m.impl("view", view);
 }
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) { at::RegisterPrivateUse1HooksInterface(new Hooks); }
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  at::RegisterPrivateUse1HooksInterface(new Hooks);
+  m.def("refuse", [](const std::set<std::string>& names) { refused = names; });
+  m.def("reached", [] { return reached; });
+}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from matplotlib import pyplot
-from make_exercises import FOLDER, refreshed
+from make_exercises import FOLDER
 from test_handwriting import CHAPTERS, PAGES
 
 NOTEBOOKS = sorted(FOLDER.glob('*.ipynb'))
@@ -58,12 +58,6 @@ def in_the_folder(monkeypatch):
     monkeypatch.chdir(FOLDER)
     yield
     pyplot.close('all')
-
-
-@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
-def test_what_is_taken_from_pages_is_up_to_date(path):
-    nb = json.loads(path.read_text(encoding='utf-8'))
-    assert refreshed(json.loads(json.dumps(nb))) == nb, 'python tests/make_exercises.py'
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)

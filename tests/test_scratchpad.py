@@ -12,11 +12,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from sft_nb.readers import load_records
-from sft_nb.machine import get_default_device
 from sft_nb.split import split_records
 from sft_nb.templates import format_input
 from sft_nb.dataset import InstructionDataset
-from sft_nb.collate import custom_collate_fn
+from sft_nb.collate import custom_collate_fn, get_default_device
 from sft_nb.loaders import make_loaders
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -160,7 +159,9 @@ def test_loaders_equal_the_notes(tokenizer):
 
 
 def test_default_device_is_a_device():
-    assert get_default_device().type in ('cpu', 'cuda', 'mps')
+    from sft_nb.machine import choose_device
+    assert get_default_device is choose_device
+    assert get_default_device() == choose_device('auto') and get_default_device().type in ('cpu', 'cuda', 'mps')
 
 
 ANSWERED = ROOT/'data/sft/test/instruction-data-with-response.json'

@@ -51,7 +51,7 @@ def test_readme_commands_are_those_that_ci_runs():
 def test_every_requirement_is_pinned():
     pins = {re.split(r'==', l)[0].lower().replace('_', '-') for l in (ROOT/'constraints.txt').read_text().splitlines() if '==' in l}
     setup = (ROOT/'settings.ini').read_text(encoding='utf-8')
-    wanted = re.findall(r'^(?:dev_)?requirements\s*=\s*(.*)$', setup, re.M)
+    wanted = re.findall(r'^(?:(?:dev_)?requirements|extra_docs)\s*=\s*(.*)$', setup, re.M)
     names = {re.split(r'[<>=\[ ]', w.strip('"'))[0].lower().replace('_', '-') for line in wanted for w in line.split() if w[0] not in '<>='}
     assert names - pins == set()
 
@@ -99,3 +99,40 @@ def test_the_map_stands_at_the_head_of_every_page():
         lit = re.findall(r"'(\w+)'", ''.join(shown[0]['source']).partition('book_map(')[2])
         stored = ''.join(shown[0]['outputs'][0]['data']['text/html'])
         assert stored == book_map(*lit)._repr_html_(), f'{page.stem}: the stored map is not the one of its call'
+
+
+def is_picture(output):
+    "A plot, a drawing or coloured text; the map at the head is none"
+    data = output.get('data', {})
+    return bool({'image/png', 'image/svg+xml'} & set(data)) or 'style=' in ''.join(data.get('text/html', ''))
+
+
+def test_every_page_has_a_picture_or_says_why_not():
+    without = []
+    for page in sorted((ROOT/'nbs').glob('0*.ipynb')):
+        cells = json.loads(page.read_text(encoding='utf-8'))['cells']
+        outputs = [o for c in cells if 'book_map' not in ''.join(c['source']) for o in c.get('outputs', ())]
+        prose = ' '.join(''.join(c['source']) for c in cells if c['cell_type'] == 'markdown')
+        if any(map(is_picture, outputs)) == ('There is no picture on this page' in prose): without.append(page.stem)
+    assert without == [], 'a picture, or "There is no picture on this page" and the reason; not both'
+
+
+def test_every_plot_has_axes_with_names_and_a_sentence_after_it():
+    bare = []
+    for page in sorted((ROOT/'nbs').glob('0*.ipynb')):
+        cells = json.loads(page.read_text(encoding='utf-8'))['cells']
+        sources = [''.join(c['source']) for c in cells]
+        for i, cell in enumerate(cells):
+            if not any('image/png' in o.get('data', {}) for o in cell.get('outputs', ())): continue
+            drawn = any(re.search(r'xlabel|get_ylabel|axis\(.off.\)|\bdraw\w*\(|plot_\w+\(', s) for s in sources[i:i+1])
+            after = [c['cell_type'] for c in cells[i+1:i+4]] # checks may stand between
+            if not drawn or 'markdown' not in after: bare.append((page.stem, i))
+        assert not re.search(r'plt\.(subplots|figure)\(', '\n'.join(sources)) or page.stem == '00d_figures', f'{page.stem}: use figure()'
+    assert bare == []
+
+
+def test_exercises_take_from_pages_what_stands_there():
+    from make_exercises import FOLDER, refreshed
+    for path in sorted(FOLDER.glob('*.ipynb')):
+        nb = json.loads(path.read_text(encoding='utf-8'))
+        assert refreshed(json.loads(json.dumps(nb))) == nb, f'{path.stem}: python tests/make_exercises.py nbs/exercises/{path.name}'

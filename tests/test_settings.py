@@ -1,0 +1,127 @@
+"Settings: every field has a flag, every flag lands in its field, files and flags agree, and what a run wrote gives the same run."
+import json
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+from test_cli import FAST, ROOT, complaint, home, sft_nb # noqa: F401
+
+from sft_nb.choices import JobConfig, JudgePlace, Judging, LoraConfig, Patience, Sampling, Stops, TrainConfig
+from sft_nb.cli import _build_parser, choose
+from sft_nb.options import OPTIONS, make_job, read_settings, settings_of, settings_text
+
+CLASSES = TrainConfig, LoraConfig, Sampling, Stops, JudgePlace, Judging, Patience, JobConfig
+PARTS = 'train', 'lora', 'how', 'until', 'judge', 'judging'
+OTHER = { # values that differ from the default, by option
+    'schedule': 'wsd', 'dtype': 'float32', 'attention': 'products', 'loss_on': 'all', 'over_long': 'drop', 'device': 'cpu', 'betas': (.8, .9),
+    'judge_protocol': 'book', 'judge_way': 'json', 'judge_api': 'ollama', 'judge_url': 'http://127.0.0.1:9/v1', 'template': 'chatml', 'no_target': 'drop',
+    'lora_targets': ('q_proj', 'v_proj'), 'lora_tokens': (5, 7), 'stop_ids': (3, 5), 'stop': ('#', 'a, b'), 'logger': 'tensorboard',
+    'rename': {'question': 'instruction'}}
+BESIDE = { # what an option needs beside itself
+    'lora_': ['--lora', '8'], 'top_': ['--temperature', '1'], 'min_p': ['--temperature', '1'], 'judge_': ['--judge-url', 'http://127.0.0.1:9/v1']}
+
+
+def other_value(option):
+    if option.name in OTHER: return OTHER[option.name]
+    if option.kind is bool: return not option.default
+    if option.kind is int: return (option.default or 0)+3
+    if option.kind is float: return .5 if option.default != .5 else .25
+    return ('kept',) if option.kind is tuple else 'other'
+
+
+def words_for(option, value):
+    if option.kind is bool: return [option.flag if value else '--no-' + option.flag[2:]]
+    if isinstance(value, dict): return [w for k, v in value.items() for w in (option.flag, f'{k}={v}')]
+    if option.name in ('betas', 'stop_ids', 'lora_tokens', 'lora_targets') and not isinstance(value, str): return [option.flag, ','.join(map(str, value))]
+    if isinstance(value, tuple): return [w for v in value for w in (option.flag, v)]
+    return [option.flag, str(value)]
+
+
+def field_of(cfg, option):
+    "What the configuration holds for an option"
+    if option.owner is JudgePlace: return {'url': cfg.judge.place.base, 'model': cfg.judge.model, 'api': cfg.judge.place.api}[option.field]
+    if option.owner is Patience: return getattr(cfg.judge.patience, option.field)
+    part = {TrainConfig: cfg.train, LoraConfig: cfg.lora, Sampling: cfg.how, Stops: cfg.until, Judging: cfg.judging, JobConfig: cfg}[option.owner]
+    return getattr(part, option.field)
+
+
+def test_every_field_of_every_settings_class_has_one_flag():
+    there = {(owner, f.name) for owner in CLASSES for f in fields(owner) if not (owner is JobConfig and f.name in PARTS)}
+    assert {(o.owner, o.field) for o in OPTIONS.values()} == there
+    assert len({o.flag for o in OPTIONS.values()}) == len(there)
+    flags = {flag for action in _build_parser()._subparsers._group_actions[0].choices['run']._actions for flag in action.option_strings}
+    assert {o.flag for o in OPTIONS.values()} <= flags
+    assert all(o.about for o in OPTIONS.values()), [o.name for o in OPTIONS.values() if not o.about]
+
+
+@pytest.mark.parametrize('name', OPTIONS)
+def test_a_flag_lands_in_its_field_and_nowhere_else(name):
+    option = OPTIONS[name]
+    value = other_value(option)
+    beside = next((words for start, words in BESIDE.items() if name.startswith(start) and name not in ('judge_url', 'lora')), [])
+    parse = _build_parser().parse_args
+    values, sources = choose(parse(['run', *beside, *words_for(option, value)]))
+    assert sources[name] == option.flag
+    before = make_job(choose(parse(['run', *beside]))[0]) if name not in ('judge_url', 'lora') else make_job({'lora': 1, 'judge_url': 'localhost'})
+    after = make_job({'lora': 1, 'judge_url': 'localhost'} | values if name in ('judge_url', 'lora') else values)
+    got = field_of(after, option)
+    assert set(got) == set(value) if name == 'stop_ids' else got == value, (got, value)
+    if option.owner in (JudgePlace, Patience): return
+    assert field_of(before, option) != got
+    plain = [settings_of(cfg) for cfg in (before, after)]
+    changed = {k for k in plain[0] if plain[0][k] != plain[1][k]}
+    assert changed <= {name} | ({'lr', 'lora'} if name == 'lora' else set()), changed
+
+
+@pytest.mark.parametrize('name', OPTIONS)
+def test_a_file_says_the_same_as_a_flag_and_a_flag_wins(name, tmp_path):
+    option = OPTIONS[name]
+    if option.group == 'folder': return
+    value = other_value(option)
+    needed = {'lora_': {'lora': 8}, 'top_': {'temperature': 1.}, 'min_p': {'temperature': 1.}, 'judge_': {'judge_url': 'http://127.0.0.1:9/v1'}}
+    beside = next((v for start, v in needed.items() if name.startswith(start)), {})
+    job = make_job(beside | {name: value})
+    text = settings_text(settings_of(job), {})
+    for file, content in (('a.toml', text), ('a.json', json.dumps(settings_of(job)))):
+        (tmp_path/file).write_text(content, encoding='utf-8')
+        assert read_settings(tmp_path/file)[name] == settings_of(job)[name]
+        assert settings_of(make_job(read_settings(tmp_path/file))) == settings_of(job)
+    if name in ('top_k', 'top_p', 'min_p', 'judge_url', 'lora') or option.default in (None, '', ()): return
+    args = _build_parser().parse_args(['config', '--config', str(tmp_path/'a.json'), *words_for(option, option.default)])
+    values, sources = choose(args)
+    assert sources[name] == option.flag and settings_of(make_job(values))[name] == settings_of(JobConfig())[name]
+
+
+def test_config_shows_sources_and_refuses_unknown_keys(home): # noqa: F811
+    (home/'my.toml').write_text('epochs = 2\n[lora]\nrank = 4\n', encoding='utf-8')
+    done = sft_nb('config', '--config', 'my.toml', '--seed', '5', cwd=home)
+    lines = {line.split(' = ')[0]: line for line in done.stdout.splitlines()}
+    assert lines['epochs'].endswith('# my.toml') and lines['seed'].endswith('# --seed') and lines['clip'].endswith('# default'), done.stderr
+    assert lines['lr'].startswith('lr = 0.001') and lines['lr'].endswith('# default with --lora')
+    (home/'again.toml').write_text(done.stdout, encoding='utf-8')
+    again = sft_nb('config', '--config', 'again.toml', '--json', cwd=home)
+    assert json.loads(again.stdout) == settings_of(make_job({'epochs': 2, 'lora': 4, 'seed': 5, 'lr': 1e-3}))
+    (home/'bad.toml').write_text('epoch = 2', encoding='utf-8')
+    assert "bad.toml: unknown setting 'epoch'; did you mean 'epochs'" in complaint(sft_nb('run', '--config', 'bad.toml', cwd=home))
+    assert 'did you mean --epochs' in complaint(sft_nb('run', '--epoch-s', '2', cwd=home))
+    assert '--lora-alpha: does nothing without --lora' in complaint(sft_nb('run', '--lora-alpha', '3', cwd=home))
+
+
+def test_all_settings_of_a_run_given_back_make_the_same_weights(home): # noqa: F811
+    words = ['--data', 'toy.json', '--model', 'tiny', *FAST, '--epochs', '3', '--lr', '2e-3', '--schedule', 'wsd', '--decay', '0.4', '--betas', '0.8,0.9',
+             '--split-seed', '3', '--loss-on', 'all', '--prompt-weight', '0.3', '--lora', '2', '--lora-alpha', '7', '--lora-dropout', '0.1',
+             '--lora-targets', 'c_attn', '--best', '--eval-every', '2', '--clip', '0.5', '--micro-batch-size', '3', '--batch-size', '6', '--temperature', '0.9']
+    first = sft_nb('run', *words, '--name', 'first', cwd=home)
+    assert first.returncode == 0, first.stderr
+    for name, file in (('second', 'config.json'), ('third', 'model/sft_nb.json')):
+        done = sft_nb('run', '--config', f'runs/first/{file}', '--name', name, cwd=home)
+        assert done.returncode == 0, done.stderr
+        for made in ('model/model.safetensors', 'responses.json', 'config.json'):
+            assert (home/'runs'/name/made).read_bytes() == (home/'runs/first'/made).read_bytes(), (name, made)
+
+
+def test_the_parser_needs_no_torch():
+    code = "import sys; from sft_nb.cli import _build_parser; _build_parser(); print('torch' in sys.modules, 'httpx' in sys.modules)"
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, env={'PYTHONPATH': str(ROOT), 'PATH': ''})
+    assert done.stdout.split() == ['False', 'False'], done.stdout + done.stderr
