@@ -40,6 +40,8 @@ from .judge import judge_file, open_judge
 from .numbers import ReportData, RunFacts, load_answers
 from .report import write_report
 from .options import settings_of
+from .proof import export_model
+from .export import gguf_settings
 
 # %% ../nbs/07_job.ipynb #fdc389b5
 def new_folder(
@@ -337,6 +339,20 @@ def _run_facts(cfg, settings, log):
         val_before=log.vals[0].loss, val_after=_last_loss(log), secs={'training': log.secs},
         pictures={'loss.png': ('Training and validation loss', plot_losses(log))})
 
+# %% ../nbs/07_job.ipynb #e7f91095
+def _check_export(job, cfg):
+    "Raise `InputError` if the tuned model could not be exported as `cfg.export` says"
+    if cfg.export is None: return
+    gguf_settings(job.loaded.cfg, cfg.export, job.loaded.tokenizer, job.template)
+
+# %% ../nbs/07_job.ipynb #3ee3f57c
+def _export_job(job, cfg, say):
+    "Write the tuned model as `model-KIND.gguf`, read it back and compare; `job` loses its model"
+    if cfg.export is None: return
+    to = Path(cfg.out)/f'model-{cfg.export}.gguf'
+    job.loaded = None
+    if not to.exists(): export_model(Path(cfg.out)/'model', to, cfg.export, job.split.test, say=say)
+
 # %% ../nbs/07_job.ipynb #d247e4bd
 def run_job(
     cfg:JobConfig, # All choices
@@ -350,6 +366,7 @@ def run_job(
     settings = _run_settings(job, cfg)
     _check_questions(job, job.split.test)
     checked = _check_job(job, cfg, say)
+    _check_export(job, cfg)
     out.mkdir(parents=True, exist_ok=True)
     files = {'before': out/'responses-before.json', 'after': out/'responses.json'}
     answer_part(job, job.split.test, files['before'], cfg, say)
@@ -358,9 +375,11 @@ def run_job(
     before, after = (load_answers(file) for file in files.values())
     facts = _run_facts(cfg, settings, log)
     data = write_report(out, before, after, facts)
-    if judge is None: return data
-    judged = {name: judge_file(file, judge, cfg.judging) for name, file in files.items()}
-    return write_report(out, before, after, facts, judge=judged)
+    if judge is not None:
+        judged = {name: judge_file(file, judge, cfg.judging) for name, file in files.items()}
+        data = write_report(out, before, after, facts, judge=judged)
+    _export_job(job, cfg, say)
+    return data
 
 # %% ../nbs/07_job.ipynb #f7bde53d
 def score_lines(

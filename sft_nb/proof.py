@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['Proof', 'export_model']
 
-# %% ../nbs/04r_proof.ipynb #b920bfce
+# %% ../nbs/04r_proof.ipynb #d3c8ba96
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -26,10 +25,10 @@ from .rows import encode_prompt, encode_record
 from .positions import rope_frequencies
 from .families import hf_tensors
 from .gguf_file import file_rows, gguf_names, in_file_order, open_gguf, stored_less
-from .loading import Loaded, load_model
+from .loading import load_model
 from .choices import Stops
 from .sampling import default_stop_ids
-from .generation import answer_records
+from .generation import generate
 from .export import GGUF_ARCHS, gguf_settings, query_factor_of, write_gguf
 
 # %% ../nbs/04r_proof.ipynb #841bae7a
@@ -137,10 +136,10 @@ class _Said:
 
 # %% ../nbs/04r_proof.ipynb #8f2814ae
 def _places_to_look(rows, n_most):
-    "Pairs of a row and a position before one of its targets, evenly spread"
+    "Pairs of a row and a position before one of its targets, evenly spread over rows of weights"
     found = []
     for i, row in enumerate(rows):
-        targets = np.flatnonzero(np.asarray(row.learn)).tolist()
+        targets = np.flatnonzero(row).tolist()
         found += [(i, t - 1) for t in targets if t>0]
     step = max(1, -(-len(found)//n_most))
     return found[::step]
@@ -150,18 +149,19 @@ def _places_to_look(rows, n_most):
 def _listen(loaded, template, records, n_answers, n_most):
     "Let a model read records with their answers, and answer some of them itself"
     model = loaded.model.eval()
-    rows = [encode_record(r, template, loaded.tokenizer) for r in records]
-    places = _places_to_look(rows, n_most)
+    tokenizer = loaded.tokenizer
+    room = model.cfg.max_length # what does not fit is cut at its front
+    rows = [encode_record(r, template, tokenizer) for r in records]
+    places = _places_to_look([row.learn[-room:] for row in rows], n_most)
     found = []
     for i in sorted({i for i, _ in places}):
-        ids_BT = torch.as_tensor(rows[i].ids)[None,:model.cfg.max_length]
-        at = [t for j, t in places if j==i and t<ids_BT.shape[1]]
-        found.append(model(ids_BT)[0,at])
-    stops = default_stop_ids(model, loaded.tokenizer, template)
-    until = Stops(32, ids=stops)
-    answers = answer_records(model, loaded.tokenizer, template, records[:n_answers], until=until)
+        ids_BT = torch.as_tensor(rows[i].ids[-room:])[None]
+        found.append(model(ids_BT)[0,[t for j, t in places if j==i]])
+    stops = default_stop_ids(model, tokenizer, template)
+    n_new = min(32, room//2)
+    prompts = [list(encode_prompt(r, template, tokenizer))[n_new-room:] for r in records]
+    answers = generate(model, tokenizer, prompts[:n_answers], until=Stops(n_new, ids=stops))
     said = [list(answer.ids) for answer in answers]
-    prompts = [list(encode_prompt(r, template, loaded.tokenizer)) for r in records]
     return _Said(torch.cat(found), said, prompts, set(stops))
 
 # %% ../nbs/04r_proof.ipynb #b6bd8bd5
@@ -182,7 +182,8 @@ class Proof:
     def __str__(self)->str: # One line
         return (f'read back: logits differ by {self.mean:.2g} on average and {self.largest:.2g} at most, '
                 f'KL {self.kl:.2g} nats on {self.n_targets} held-out targets, {self.same_best:.1%} of them '
-                f'with the same best guess; {self.same_answers} of {self.n_answers} greedy answers are the same')
+                f'with the same best guess; {self.same_answers} of {self.n_answers} greedy answers are '
+                'the same')
 
 # %% ../nbs/04r_proof.ipynb #5c9d7733
 def _compare(ours, theirs, asked, packed, n_bytes):
@@ -283,7 +284,7 @@ def export_model(
     to = Path(to)
     if to.exists(): raise FileExistsError(f'{to}: exists; choose another name or remove it')
     if records is None: records = split_records(load_records(default_data_file())).test
-    records = list(records)[:100]
+    records = list(records)[:32]
     loaded = load_model(name)
     chosen = get_template(template) if template else loaded.template or get_template('alpaca')
     note = _note(loaded.cfg)
