@@ -2,8 +2,10 @@
 __version__ = "0.1.0"
 from typing import TYPE_CHECKING
 
-from .face import FACE
+from .face import FACE, quiet_start
 from .face import load_name as __getattr__
+
+quiet_start()
 
 if TYPE_CHECKING: # what editors and type checkers see; a test compares it with `FACE`
     from .readers import load_records as load_records

@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['wrong_rows']
 
-# %% ../nbs/02a_audit.ipynb #de9477b4
+# %% ../nbs/02a_audit.ipynb #a6bef5d5
 import numpy as np
 
 from .basics import InputError
+from .templates import render_record
+from .tokenizer import whole_text
 from .rows import LEARNED, STOP, encode_rows
 from .encoding import stream_records
 from .dataset import InstructionDataset
@@ -17,11 +19,12 @@ from .dataset import InstructionDataset
 def _learned_text(ids, learned, decode):
     "What the learned stretches of a row say: each on its own, and after what stands before it"
     edges = np.diff(learned, prepend=False, append=False)
-    alone = in_place = ''
-    for a, b in np.flatnonzero(edges).reshape(-1, 2):
-        alone += decode(ids[a:b])
-        n_before = len(decode(ids[:a]))
-        in_place += decode(ids[:b])[n_before:]
+    alone = ''
+    in_place = ''
+    for begin, end in np.flatnonzero(edges).reshape(-1, 2):
+        alone += decode(ids[begin:end])
+        n_before = len(decode(ids[:begin]))
+        in_place += decode(ids[:end])[n_before:]
     return alone, in_place
 
 # %% ../nbs/02a_audit.ipynb #123420e9
@@ -43,10 +46,22 @@ def _said_by(rows, n, row, decode):
     learned[0] = row.kinds[0] in (LEARNED, STOP) # muted only because nothing predicts it
     return _learned_text(rows[n].ids, learned, decode)
 
+# %% ../nbs/02a_audit.ipynb #9042e9d4
+def _asked_ids(record, plan):
+    "The ids of the whole prompt of `record`; [] if its words name a control token"
+    rendered = render_record(record, plan.template)
+    prompt = rendered.segments[:rendered.n_asked]
+    words = ''.join(s.text for s in prompt if not s.control)
+    for token in plan.tokenizer.control_tokens:
+        if token in words: return [] # the whole text would hold one
+    start = plan.tokenizer.start if rendered.bare else ''
+    text = start + ''.join(s.text for s in prompt)
+    return plan.tokenizer.encode_control(whole_text(text))
+
 # %% ../nbs/02a_audit.ipynb #bdc50dcb
 def wrong_rows(
     dataset:InstructionDataset, # Made with a template, from records that can be read again
-)->list: # (where, wanted, learned) for each row that learns something else than its answers
+)->list: # (where, wanted, found) for each wrong row, as texts or as ids of the prompt
     "Rows whose learned ids do not decode to their answers and stops, cut rows apart: `wrong_rows(dataset)`"
     if dataset.receipt is None:
         raise InputError('dataset: its rows do not say what is learned, got template=None; '
@@ -61,8 +76,13 @@ def wrong_rows(
         was_cut = plan.max_length and len(row)>plan.max_length
         if n_read - 1 not in place or was_cut: continue
         wanted = _wanted_text(row, record, plan)
-        said = _said_by(rows, place[n_read - 1], row, plan.tokenizer.decode)
+        n = place[n_read - 1]
+        said = _said_by(rows, n, row, plan.tokenizer.decode)
+        asked = [] if row.across else _asked_ids(record, plan)
+        ids = rows[n].ids
+        read = ids[:len(asked)].tolist()
         if wanted not in said: found.append((record.where, wanted, said[0]))
+        elif read!=asked: found.append((record.where, asked, read))
     n_wanted = dataset.receipt.rows_in
     if n_read==n_wanted: return found
     raise InputError(f'dataset: its records have to be read again, got {n_read} of {n_wanted}; '

@@ -8,7 +8,7 @@ __all__ = ['ChatTemplate']
 # %% ../nbs/01a_chat.ipynb #832e8e4e
 import datetime, json, re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 import jinja2
@@ -17,6 +17,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from .basics import InputError, shorten
 from .data import Message, Record
 from .marks import cut_turns, is_rich, turn_of
+from .thoughts import (
+    before_thought, empty_thought, end_of_thought, hush_empty_thoughts, thinking_of, thinking_switches,
+    thinking_words, thought_of, without_thoughts)
 from .templates import Segment, Template, tidy_segments
 
 # %% ../nbs/01a_chat.ipynb #0043f5f7
@@ -65,6 +68,7 @@ class ChatTemplate(Template):
     special:tuple = () # Pairs such as ('bos_token', '<s>') that the source may print
     stop_text:str|None = None # What ends an answer; None: found from what the template prints after one
     date:str = '2026-01-01' # The day that templates with a calendar are told: the same one tomorrow
+    thinking:str|None = None # 'on', 'off' or 'record'; None: what the source does of its own accord
 
     @cached_property
     def stop(self)->str|None: # None if the template prints none
@@ -72,15 +76,17 @@ class ChatTemplate(Template):
         return self.stop_text or _find_stop(self)
 
     @cached_property
-    def _variables(self):
-        today = datetime.date.fromisoformat(self.date)
-        return dict(self.special) | dict(tools=None, documents=None, strftime_now=today.strftime)
+    def _variables(self): return _variables(self)
+
+    @cached_property
+    def _modes(self): return {mode: replace(self, thinking=mode) for mode in ('on', 'off', None)}
 
     def wording(self)->list: # Texts and a dictionary
         "Everything that decides what is printed; tokens that the source never names do not"
         used = {k: v for k, v in self.special if k in self.jinja}
         date = self.date if 'strftime_now' in self.jinja else ''
-        return ['chat', self.jinja, used, self.stop, date]
+        mode = thinking_words(self.jinja, self.thinking)
+        return ['chat', self.jinja, used, self.stop, date, *mode]
 
     def render(self, messages:Sequence[Message], where:str, *, ask:bool=False, tools:Any=None)->str: # Text
         "The text of `messages`, with the beginning of an answer after it if `ask`"
@@ -88,11 +94,19 @@ class ChatTemplate(Template):
 
     def prompt(self, messages:Sequence[Message], record:Record)->list: # `Segment`s
         "The pieces in front of an answer"
-        return _cut_any(self, messages, record, None)
+        return _cut_in_mode(self, messages, record, None)
 
     def answer(self, messages:Sequence[Message], asked:str, record:Record)->list: # `Segment`s
         "The pieces of an answer"
-        return _cut_any(self, messages, record, asked)
+        return _cut_in_mode(self, messages, record, asked)
+
+# %% ../nbs/01a_chat.ipynb #3d6dee5d
+def _variables(template):
+    "The variables of a template, without the turns"
+    today = datetime.date.fromisoformat(template.date)
+    thinking = thinking_switches(template.jinja, template.thinking)
+    known = {'tools': None, 'documents': None, 'strftime_now': today.strftime}
+    return dict(template.special) | thinking | known
 
 # %% ../nbs/01a_chat.ipynb #86e2cf02
 def _render(template, messages, where, ask, tools=None):
@@ -144,7 +158,8 @@ def _span(printed, i):
     "Begin and end of the words of message `i`; None if they are blank and the template leaves them out"
     template, messages, text, where, ask = printed
     sentinel = _unused_text([template.jinja] + [m.content for m in messages])
-    swapped = [Message(m.role, sentinel) if i==j else m for j, m in enumerate(messages)]
+    swapped = list(messages)
+    swapped[i] = Message(messages[i].role, sentinel)
     parts = template.render(swapped, where, ask=ask).split(sentinel)
     if len(parts)==2:
         before, after = parts
@@ -186,18 +201,25 @@ def _answer_start(printed, turn, at, begin):
     return begin
 
 # %% ../nbs/01a_chat.ipynb #37f374bd
-def _cut_prompt(printed):
-    "Segments of a prompt"
+def _cut_prompt(printed, spans=None):
+    "Segments of a prompt; `spans` holds the places of the words where they are known"
     text = printed.text
-    spans = [(_span(printed, i), i) for i in range(len(printed.messages))]
+    if spans is None:
+        turns = range(len(printed.messages))
+        spans = [(_span(printed, i), i) for i in turns]
     segments = []
     at = 0
+    own_words:dict = {} # what stands in front of an answer's words -> how much of it is the answer's own
     for (begin, end), i in sorted((span, i) for span, i in spans if span):
         role = printed.messages[i].role
         start = begin
         pieces = [Segment(text[begin:end], control=False, role=role, turn=i)]
         if role=='assistant':
-            start = _answer_start(printed, i, at, begin)
+            asks = printed.messages[i - 1].role, text[at:begin]
+            if asks not in own_words:
+                start = _answer_start(printed, i, at, begin)
+                own_words[asks] = begin - start
+            start = begin - own_words[asks]
             pieces, end = _spoken(printed, i, start, (begin, end))
             if not pieces[-1].text: pieces.pop() # only the last answer may end with the tokenizer's own token
         segments += [Segment(text[at:start]), *pieces]
@@ -211,14 +233,26 @@ def _cut_answer(printed, asked):
     if not text.startswith(asked):
         raise InputError(f'{where}: template {template.name!r} asks with {shorten(asked[-30:])} but prints '
                          'answers in another way, so the model would learn what it is never asked; '
-                         'use another template')
+                         "use another template, or thinking='record' where it is about a thought")
     turn = len(messages)-1
     span = _span(printed, turn)
     if span is None: # a blank answer that is left out stands before its stop
-        at = max(text.find(template.stop or '', len(asked)), len(asked))
+        begin = len(asked)
+        at = max(text.find(template.stop or '', begin), begin)
         span = at, at
     pieces, end = _spoken(printed, turn, len(asked), span)
     return [*pieces, Segment(text[end:])]
+
+# %% ../nbs/01a_chat.ipynb #789c4960
+def _mark_spans(printed):
+    "Where the numbered marks stand that are the messages, raising `InputError` if one is not printed once"
+    marks = re.finditer('\ue002([0-9]+)\ue002', printed.text)
+    spans = [(m.span(), int(m[1])) for m in marks]
+    found = sorted(i for _, i in spans)
+    wanted = list(range(len(printed.messages)))
+    if found==wanted: return spans
+    raise InputError(f'{printed.where}: template {printed.template.name!r} does not print each message '
+                     f'once, got {len(spans)} places; use another template')
 
 # %% ../nbs/01a_chat.ipynb #d52466d3
 @lru_cache(1000)
@@ -228,27 +262,39 @@ def _layout(template, roles, is_prompt):
     messages = tuple(Message(role, mark, learn) for mark, (role, learn) in zip(marks, roles))
     try:
         printed = _print(template, messages, 'layout', ask=is_prompt)
-        if is_prompt: layout = _cut_prompt(printed)
+        if is_prompt: layout = _cut_prompt(printed, _mark_spans(printed))
         else: layout = _cut_answer(printed, template.render(messages[:-1], 'layout', ask=True))
     except InputError: return None
     whole = [s.control or s.text==messages[s.turn].content for s in layout]
     return layout if all(whole) else None # a template that cuts a message also cuts its mark
+
+# %% ../nbs/01a_chat.ipynb #5fbc1aa9
+def _as_printed(words, after, text, at):
+    "`words` as they stand at `at` of `text`, with `after` behind: whole or stripped; None if they do not"
+    for form in (words, words.strip(), words.lstrip(), words.rstrip()):
+        if text.startswith(form + after, at): return form
+    return None
 
 # %% ../nbs/01a_chat.ipynb #7028bef3
 def _fill(printed, asked):
     "Segments by way of the layout, after the prompt `asked` if there is one; None if that is not exact"
     template, messages, text, _, _ = printed
     layout = _layout(template, tuple([(m.role, m.learn) for m in messages]), asked is None)
-    if layout is None: return None
+    if layout is None or not text.startswith(asked or ''): return None
     filled = []
-    for s in layout:
+    at = len(asked or '')
+    for s, behind in zip(layout, [*layout[1:], Segment('')]):
+        words = s.text
         if not s.control:
-            words = messages[s.turn].content
-            s = Segment(words, control=False, learn=s.learn, role=s.role, turn=s.turn)
+            after = behind.text if behind.control else ''
+            words = _as_printed(messages[s.turn].content, after, text, at)
+            if words is None: return None
+            own = dict(learn=s.learn, role=s.role, turn=s.turn)
+            s = Segment(words, control=False, **own)
+        if not text.startswith(words, at): return None
         filled.append(s)
-    joined = ''.join([s.text for s in filled])
-    exact = (asked or '') + joined==text
-    return filled if exact else None
+        at += len(words)
+    return filled if at==len(text) else None
 
 # %% ../nbs/01a_chat.ipynb #917c85d5
 def _rich_segments(template, messages, record, asked=None):
@@ -279,3 +325,40 @@ def _cut_any(template, messages, record, asked):
     if is_rich(messages, record): return _rich_segments(template, messages, record, asked)
     printed = _print(template, messages, record.where, ask=asked is None)
     return tidy_segments(_fill(printed, asked) or _cut_words(printed, record, asked))
+
+# %% ../nbs/01a_chat.ipynb #3bb40fef
+def _after_thought(template, messages, record, asked):
+    "Segments of an answer whose question ends with a thought that the template does not print, else None"
+    base = before_thought(asked)
+    if base is None: return None
+    text = template.render(messages, record.where, tools=record.tools)
+    if text.startswith(asked) or not text.startswith(base): return None
+    *before, last = messages
+    thought = thought_of(last)
+    if thought and not end_of_thought(asked): return None # it was asked not to think
+    if not (thought or template.thinking): return None
+    plain = (*before, *without_thoughts([last]))
+    first, *rest = _cut_any(template, plain, replace(record, messages=plain), base)
+    n = empty_thought(first.text) if first.control else 0
+    first = replace(first, text=first.text[n:])
+    learn = bool(thought) and last.learn is not False
+    own:dict[str, Any] = dict(learn=learn, role='assistant', turn=len(before))
+    words = Segment(thought, control=False, **own)
+    end = Segment(end_of_thought(asked), **own)
+    return [words, end, first, *rest]
+
+# %% ../nbs/01a_chat.ipynb #58a00020
+def _cut_in_mode(template, messages, record, asked):
+    "Segments of a prompt, or of what stands after the prompt `asked`, in the mode of the template"
+    if template.thinking=='record':
+        mode = thinking_of(record)
+        template = template._modes[mode]
+    elif template.thinking=='off':
+        plain = without_thoughts(record.messages)
+        record = replace(record, messages=plain)
+        messages = plain[:len(messages)]
+    segments = None
+    if asked is not None: segments = _after_thought(template, messages, record, asked)
+    if segments is None: segments = _cut_any(template, messages, record, asked)
+    thinks = 'think' in template.jinja.casefold()
+    return hush_empty_thoughts(tidy_segments(segments)) if thinks else segments

@@ -193,15 +193,20 @@ class JobConfig:
     data:str|Path|None = None # Records in any format, '-' for standard input; None: the project's own 1,100
     out:str|Path = 'runs/default' # Run folder
     resume:bool = False # Go on with a run that was stopped
-    drop_broken:bool = False # Leave out records that cannot be read, and say how many
+    drop_broken:bool = False # Leave out records that cannot be read or written out, and say how many
+    rename:dict|None = None # Read field A of the file as B; None: its names are known
+    carry:tuple = () # Fields that are kept for the answers and not read; messages.KEY is one of a turn
+    ignore:tuple = () # Fields that are dropped; messages.KEY is one of a turn
     split_seed:int|None = None # Split at random, duplicates kept together; None: in file order
     loss_on:str = 'response' # 'all', 'response', 'last' or 'message'
     prompt_weight:float = 0. # Loss weight of prompt tokens, 0 to 1
     max_length:int|None = None # Longest row in tokens; None: the model's context
     over_long:str = 'raise' # 'raise', 'drop', 'cut_prompt' or 'cut_answer'
+    no_target:str = 'raise' # 'raise' or 'drop': a row in which nothing is learned
     model:str|Path|None = None # A folder, a .gguf file, a hub name; None: the default model
     template:str|None = None # None: the model's own, else Alpaca
     force_template:bool = False # Use a tuned model in another template than its own
+    thinking:str|None = None # 'on', 'off' or 'record'; None: as the model was tuned, else as the record is
     device:str = 'auto' # 'cpu', 'cuda', 'cuda:1', 'mps' ...; 'auto': the fastest that is sound
     train:TrainConfig = field(default_factory=TrainConfig) # How to train
     lora:LoraConfig|None = None # Train adapters and merge them; a number is their rank; None: all weights

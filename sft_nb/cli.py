@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['choose', 'job_config', 'main']
 
-# %% ../nbs/07a_cli.ipynb #bd537077
+# %% ../nbs/07a_cli.ipynb #2d37c2e4
 import argparse
 import os
 import sys
@@ -18,7 +18,9 @@ from . import __version__
 from .basics import InputError, json_text, near_misses
 from .choices import LORA_LR, JobConfig
 from .data import Message, Record
+from .readers import file_kind
 from .split import split_records
+from .telling import Stage, Teller, hide_bars, show_json, show_line, show_nothing
 from .templates import TextTemplate
 from .shelf import template_names
 from .options import OPTIONS, make_job, read_settings, settings_of, settings_text
@@ -39,6 +41,7 @@ class _OneLineParser(argparse.ArgumentParser):
 # %% ../nbs/07a_cli.ipynb #8e6b69df
 _COMMAS = {'betas': float, 'stop_ids': int, 'lora_tokens': int, 'lora_targets': str}
 _SHOWN = {int: 'N', float: 'X', dict: 'A=B'}
+_PATHS = {'FILE': 'FILE', 'DATA': 'FILE', 'A': 'FILE', 'B': 'FILE', 'FOLDER': 'DIRECTORY', 'NAME': 'FILE'}
 _FILES = {'data': 'FILE', 'out': 'FOLDER', 'model': 'NAME', 'judge_url': 'URL'}
 
 
@@ -128,68 +131,96 @@ def job_config(
     values, _ = choose(args)
     return make_job(values)
 
+# %% ../nbs/07a_cli.ipynb #7c0e2cb4
+def _teller(args):
+    "How the words want to be told what happens"
+    quiet = getattr(args, 'quiet', False)
+    as_json = getattr(args, 'json', False)
+    if quiet or as_json: hide_bars()
+    if as_json: return Teller(show_json)
+    return Teller(show_nothing if quiet else show_line)
+
 # %% ../nbs/07a_cli.ipynb #1c6cb049
 def _train(args):
     "Tune a model on a file of records"
-    from sft_nb.job import tune_job # torch is not for a quick --help
-    print(f'model     {tune_job(job_config(args))}')
+    from sft_nb.job import plan_job, tune_job # torch is not for a quick --help
+    cfg = job_config(args)
+    say = _teller(args)
+    if args.dry_run: plan_job(cfg, say)
+    else: tune_job(cfg, say)
 
 # %% ../nbs/07a_cli.ipynb #a0eff1f0
 def _run(args):
     "Do all of it: train, answer before and after, score, report"
-    from sft_nb.job import judge_lines, run_job, score_lines # torch is not for a quick --help
+    from sft_nb.job import plan_job, run_job # torch is not for a quick --help
     cfg = job_config(args)
-    data = run_job(cfg)
-    print(*score_lines(data), *judge_lines(data), f"report    {Path(cfg.out)/'report.html'}", sep='\n')
+    say = _teller(args)
+    if args.dry_run: plan_job(cfg, say)
+    else: run_job(cfg, say)
 
 # %% ../nbs/07a_cli.ipynb #8c26b64e
 def _respond(args):
     "Answer the records of a file, or one part of its split; the records need no answers of their own"
+    from sft_nb.intake import drop_refused # numpy is not for a quick --help
     from sft_nb.job import Job, answer_part, open_model, read_data # torch is not for a quick --help
     path = args.out
+    file_kind(path)
     cfg = job_config(args)
-    source, records = read_data(cfg, need_answer=False)
+    say = _teller(args)
+    intake = read_data(cfg, need_answer=False, say=say)
+    loaded, template, added = open_model(cfg, say)
+    if cfg.drop_broken: say(drop_refused(intake, template, loaded.tokenizer, need_answer=False))
+    records = intake.records
     if args.part!='all': records = getattr(split_records(records, seed=cfg.split_seed), args.part)
-    answer_part(Job(source, None, *open_model(cfg)), records, path, cfg)
+    answer_part(Job(intake.source, None, loaded, template, added), records, path, cfg, say)
 
 # %% ../nbs/07a_cli.ipynb #8b575f45
 def _judge(args):
     "Have answers scored by another model, after the judge's own exam; with --out, write a report"
-    from sft_nb.job import judge_lines, new_folder # torch is not for a quick --help
-    from sft_nb.report import judge_report # nor is matplotlib
+    from sft_nb.job import new_folder # torch is not for a quick --help
+    from sft_nb.report import judge_lines, judge_report # nor is matplotlib
     cfg = job_config(args)
     if cfg.judge is None:
         raise InputError('judge: no server named, got no --judge-url; add --judge-url http://HOST:PORT/v1')
     out = args.out and new_folder(args.out)
-    print(*judge_lines(judge_report(args.file, cfg.judge, cfg.judging, out)), sep='\n')
+    say = _teller(args)
+    for line in judge_lines(judge_report(args.file, cfg.judge, cfg.judging, out)): say(line)
 
 # %% ../nbs/07a_cli.ipynb #e57ded6b
 def _compare(args):
     "Set two files of answers side by side, with a judge if one is named; with --out, write a report"
-    from sft_nb.job import judge_lines, new_folder, score_lines # torch is not for a quick --help
-    from sft_nb.report import compare_files # nor is matplotlib
+    from sft_nb.job import new_folder # torch is not for a quick --help
+    from sft_nb.report import compare_files, judge_lines, score_lines # nor is matplotlib
     cfg = job_config(args)
     out = args.out and new_folder(args.out)
     data = compare_files(args.before, args.after, out, cfg.judge, cfg.judging)
-    print(*score_lines(data), *judge_lines(data), sep='\n')
+    say = _teller(args)
+    for line in [*score_lines(data), *judge_lines(data)]: say(line)
 
 # %% ../nbs/07a_cli.ipynb #66bda9c2
-def _inspect(args):
-    "Show what training would see: the receipt and the first rows token by token"
-    from sft_nb.job import encode_part, row_limit, prepare # torch is not for a quick --help
-    from sft_nb.lint import count_findings, find_leaks, lint_records # nor is numpy
-    from sft_nb.rows import view_record # nor are its neighbours
+def _inspected(args):
+    "The configuration of `inspect`, whose file may stand without its option"
     data = getattr(args, 'data', None)
     if None not in (args.file, data):
         raise InputError(f'inspect: two files to look at, got {args.file!r} and --data {data!r}; '
                          'give one of them')
     if args.file is not None: args.data = args.file
-    cfg = job_config(args)
-    job = prepare(cfg)
-    leaks = find_leaks(job.split)
-    records = [r for part in job.split for r in part]
-    print(f'lint\n{count_findings(lint_records(records))}')
-    print(f'leaks     {len(leaks)} prompts stand in two parts', *leaks[:3], sep='\n  ')
+    return job_config(args)
+
+# %% ../nbs/07a_cli.ipynb #1577ba91
+def _inspect(args):
+    "Show what training would see: the receipt and the first rows token by token"
+    from sft_nb.intake import check_new_file, save_deduped # numpy is not for a quick --help
+    from sft_nb.job import encode_part, row_limit, prepare # nor is torch
+    from sft_nb.rows import view_record # nor are its neighbours
+    cfg = _inspected(args)
+    if args.dedupe: check_new_file(args.dedupe)
+    job = prepare(cfg, need_split=False)
+    if args.dedupe:
+        receipt = save_deduped(job.intake, args.dedupe)
+        print(f"deduped   {args.dedupe}: {receipt['records out']:,} of {receipt['records in']:,} records, "
+              f'{args.dedupe}.receipt.json names the others')
+    print(*('  '+str(leak) for leak in job.look.leaks[:3]), sep='\n')
     print(f'receipt   {encode_part(job, job.split.train, cfg).receipt}')
     for record in job.split.train[:args.rows]:
         print(view_record(record, job.template, job.loaded.tokenizer, loss_on=cfg.loss_on,
@@ -284,6 +315,12 @@ def _add_files(commands):
     for name in ('run', 'train', 'config'):
         commands[name].add_argument('--name', help='run folder runs/NAME [default]')
     commands['config'].add_argument('--json', action='store_true', help='as JSON instead of TOML')
+    for name in ('run', 'train', 'respond', 'judge', 'compare'):
+        commands[name].add_argument('--quiet', action='store_true', help='say nothing but what is wrong')
+        commands[name].add_argument('--json', action='store_true', help='one object of JSON a stage')
+    for name in ('run', 'train'):
+        about = 'all checks, the plan, time, memory and disk; nothing is written'
+        commands[name].add_argument('--dry-run', action='store_true', help=about)
     for name in ('judge', 'compare'):
         commands[name].add_argument('--out', metavar='FOLDER', help='write a report there')
     respond = commands['respond']
@@ -301,7 +338,31 @@ def _add_files(commands):
     export.add_argument('--data', dest='held_out', metavar='FILE', help='records to compare on')
     inspect = commands['inspect']
     inspect.add_argument('file', nargs='?', metavar='DATA', help='the same as --data')
+    inspect.add_argument('--dedupe', metavar='OUT', help='write the records without near duplicates there')
     inspect.add_argument('--rows', type=int, default=3, metavar='N', help='rows to show token by token [3]')
+
+# %% ../nbs/07a_cli.ipynb #9934d592
+def _add_completion(commands):
+    "The command that writes what a shell needs to complete words"
+    about = 'write what a shell needs to complete words'
+    command = commands.add_parser('completion', help=about, description=about, epilog=(
+        'examples:\n  sft_nb completion bash > ~/.local/share/bash-completion/completions/sft_nb'),
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    command.add_argument('shell', choices=['bash', 'zsh', 'tcsh'])
+    command.set_defaults(do=_completion)
+
+# %% ../nbs/07a_cli.ipynb #5f2806c7
+def _completion(args):
+    "Write what a shell needs to complete words"
+    import shtab # only this command needs it
+    parser = _build_parser()
+    for command in parser._subparsers._group_actions[0].choices.values():
+        for action in command._actions:
+            option = OPTIONS.get(action.dest)
+            if option and option.words and not action.choices: action.choices = option.words
+            kind = _PATHS.get(action.metavar)
+            if kind: action.complete = getattr(shtab, kind)
+    print(shtab.complete(parser, shell=args.shell))
 
 # %% ../nbs/07a_cli.ipynb #9ee5d73c
 def _build_parser(
@@ -319,6 +380,7 @@ def _build_parser(
         command.set_defaults(do=do, groups=groups.split())
         _add_options(command, *groups.split())
     _add_files(commands.choices)
+    _add_completion(commands)
     return parser
 
 # %% ../nbs/07a_cli.ipynb #adf7d76a
@@ -331,9 +393,9 @@ def _use_tcmalloc():
 
 # %% ../nbs/07a_cli.ipynb #7be41c2d
 def _forgive_streams():
-    "Show what a terminal's encoding cannot hold as escapes, and read bytes that are no text with marks"
+    "Show what a terminal's encoding cannot hold as escapes, mark bytes that are no text, and never wait"
     for stream, errors in ((sys.stdin, 'replace'), (sys.stdout, 'backslashreplace')):
-        if hasattr(stream, 'reconfigure'): stream.reconfigure(errors=errors)
+        if hasattr(stream, 'reconfigure'): stream.reconfigure(errors=errors, line_buffering=True)
 
 # %% ../nbs/07a_cli.ipynb #ccd47638
 def main(
@@ -346,6 +408,7 @@ def main(
         if argv is None and args.command in ('run', 'train', 'respond', 'export'): _use_tcmalloc()
         args.do(args)
     except (InputError, OSError) as e: # OSError: no such file, no permission, disk full ...
+        if getattr(args, 'json', False): show_json(Stage('error', str(e), status=2))
         print(f'sft_nb: {e}', file=sys.stderr)
         return 2
     except KeyboardInterrupt as e: # `Stopped` of a run is one, too

@@ -11,12 +11,12 @@ import json, re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from typing import Any, NamedTuple
 from .basics import InputError, fingerprint, near_misses, shorten
 from .calls import (
-    BESIDE, joined_parts, parsed_field, read_history, read_mark, read_more, read_system, read_tools,
-    unread_keys, wrapped_calls)
+    check_calls, joined_parts, parsed_field, read_history, read_mark, read_more, read_system, read_tools,
+    wrapped_calls)
+from .columns import BESIDE, FieldBook, refuse_near_names, unread_keys, in_our_names
 
 # %% ../nbs/00_data.ipynb #a834e9ae
 @dataclass(frozen=True, slots=True)
@@ -47,18 +47,19 @@ class Record:
     @property
     def instruction(self)->str: # Text, perhaps empty
         "What to do; in a chat format, the user's only turn"
-        return self.raw['instruction'] if self.fmt=='alpaca' else self._only('user')
+        return in_our_names(self.raw)['instruction'] if self.fmt=='alpaca' else self._only('user')
 
     @property
     def input(self)->str: # Text, perhaps empty
         "What to do it to; empty in every format but Alpaca's"
         if self.fmt!='alpaca': return ''
-        return self.raw.get('input') or self.raw.get('context') or ''
+        raw = in_our_names(self.raw)
+        return raw.get('input') or raw.get('context') or ''
 
     @property
     def output(self)->str: # Text, perhaps empty
         "The wanted answer; in a chat format, the assistant's only turn"
-        return (self.raw.get('output') or '') if self.fmt=='alpaca' else self._only('assistant')
+        return (in_our_names(self.raw).get('output') or '') if self.fmt=='alpaca' else self._only('assistant')
 
     def _only(self, role):
         found = [m.content for m in self.messages if m.role==role]
@@ -93,8 +94,6 @@ def _read_alpaca(
 )->tuple[Message, ...]: # The turns
     "The messages of an Alpaca record"
     instruction = text_field(raw, 'instruction', where)
-    typo = [] if 'input' in raw else get_close_matches('input', raw, n=1, cutoff=0.8)
-    if typo: raise InputError(f"{where}: field {typo[0]!r} is not read; did you mean 'input'?")
     name = 'input' if raw.get('input') or 'context' not in raw else 'context'
     given = text_field(raw, name, where) if raw.get(name) is not None else ''
     user = Message('user', f'{instruction}\n\n{given}' if given else instruction)
@@ -211,7 +210,7 @@ def _find_format(
         if telling in raw: return fmt
     wanted = ', '.join(repr(telling) for telling, _ in FORMATS.values())
     raise InputError(f'{where}: format not recognised, got fields {shorten(list(raw))}; '
-                     f'one of {wanted} is needed (rename= gives fields other names)')
+                     f'one of {wanted} is needed; --rename A=B gives field A the name B')
 
 # %% ../nbs/00_data.ipynb #44d9e79f
 def check_format(
@@ -242,14 +241,17 @@ def read_record(
         got = shorten(raw)
         raise InputError(f'{where}: a record must be an object with named fields, got {got}; mend the record')
     check_format(fmt)
-    fmt = fmt or _find_format(raw, where)
+    named = in_our_names(raw)
+    fmt = fmt or _find_format(named, where)
     telling, reader = FORMATS[fmt]
-    if telling not in raw:
+    if telling not in named:
         raise InputError(f'{where}: field {telling!r} is missing (the set is in {fmt!r} format), '
                          f'got fields {shorten(list(raw))}; add it to the record')
-    messages = reader(raw, where, need_answer)
-    if BESIDE.isdisjoint(raw): return Record(messages, raw, fmt, where)
-    return Record(_said_first(raw, messages, where), raw, fmt, where, read_tools(raw, where))
+    refuse_near_names(named, fmt, where)
+    messages = reader(named, where, need_answer)
+    check_calls(messages, where)
+    if BESIDE.isdisjoint(named): return Record(messages, raw, fmt, where)
+    return Record(_said_first(named, messages, where), raw, fmt, where, read_tools(named, where))
 
 # %% ../nbs/00_data.ipynb #3a9f1f8a
 def as_records(
@@ -274,6 +276,7 @@ def as_records(
 def summarize_records(
     records:list[Record], # Checked records
     dropped:list[str]|None = None, # Messages about records that were left out
+    fields:FieldBook|None = None, # What became of their keys; None: only the unread ones are named
 )->str: # A line, and one more for each dropped record, the first three
     "What a set is: its format, its size, and what was left out of it"
     answers = [len(m.content) for r in records for m in r.messages if m.role=='assistant']
@@ -282,7 +285,8 @@ def summarize_records(
     n_turns = sum(len(r.messages) for r in records)
     lines = [f'records in {formats} format: {len(records):,}, with {n_turns:,} turns; answers have '
              f'{chars[0]} to {chars[-1]:,} characters, median {chars[len(chars)//2]}']
-    unread = Counter(key for r in records for key in unread_keys(r.raw, r.fmt))
+    unread = Counter(key for r in records for key in unread_keys(r.raw, r.fmt)) if fields is None else {}
+    if fields: lines.append(str(fields))
     if unread: lines.append('fields not read: ' + ', '.join(f'{key} ({n:,})' for key, n in unread.items()))
     if dropped: lines.append(f'records dropped: {len(dropped)}, among them')
     return '\n'.join(lines + [f'  {message}' for message in (dropped or [])[:3]])
@@ -311,7 +315,7 @@ def split_sizes(
     n_val = n-n_train-n_test
     if min(n_train, n_test, n_val)>0: return n_train, n_test, n_val
     raise InputError(f'split: a part would be empty, got {n} records as train {n_train}, test {n_test}, '
-                     f'val {n_val}; add records or change the shares')
+                     f'val {n_val}; add records')
 
 # %% ../nbs/00_data.ipynb #2580594c
 def split_in_order(

@@ -37,6 +37,11 @@ def _no_turns()->dict:
     "No turn after a last answer yet"
     return {'rows': 0, 'turns': 0, 'where': []}
 
+# %% ../nbs/01d_encoding.ipynb #670bed77
+def _no_borders()->dict:
+    "No border inside a token yet"
+    return {'rows': 0, 'where': []}
+
 # %% ../nbs/01d_encoding.ipynb #c62bf15b
 def _no_ids()->dict:
     "No id of any speaker and kind yet"
@@ -55,6 +60,8 @@ class Receipt:
     dropped:dict = field(default_factory=dict) # Reason -> rows, tokens, stops, and first places
     cut:dict = field(default_factory=_lost) # The same for rows that were shortened: what they lost
     after:dict = field(default_factory=_no_turns) # Turns after a last answer, which no row holds
+    across:dict = field(default_factory=_no_borders) # Rows cut inside a token of their whole text
+    thoughts:dict = field(default_factory=_no_turns) # Thoughts that the template does not print
     kinds:dict = field(default_factory=_no_ids) # Speaker -> kind -> ids of the rows
     lengths:dict = field(default_factory=dict) # Power of two -> rows of at most that length
 
@@ -92,10 +99,15 @@ def _book_row(
     receipt.rows_in += 1
     receipt.tokens_in += len(row)
     receipt.stops_in += row.n_stops
-    if row.n_after:
-        receipt.after['rows'] += 1
-        receipt.after['turns'] += row.n_after
-        _note(receipt.after, row.where)
+    for book, n_turns in (receipt.after, row.n_after), (receipt.thoughts, row.n_lost):
+        if not n_turns: continue
+        book['rows'] += 1
+        book['turns'] += n_turns
+        _note(book, row.where)
+    if row.across:
+        receipt.across['rows'] += 1
+        lost = row.across[0]
+        _note(receipt.across, f'{row.where} ({lost.text!r}, id {lost.id})')
     if not reason: return
     book = receipt.cut if reason=='cut' else receipt.dropped.setdefault(reason, _lost())
     book['rows'] += 1
@@ -149,9 +161,15 @@ def _loss_lines(receipt):
         how = reason if reason=='cut' else f'dropped, {reason}'
         yield (f"  {how}: {book['rows']:,} rows, {book['tokens']:,} tokens "
                f"and {book['stops']:,} stop tokens lost: {_places(book)}")
+    across = receipt.across
+    if across['rows']:
+        yield (f"  {across['rows']:,} rows are cut between prompt and answer, where their whole text "
+               f'has one token: {_places(across)}')
     after = receipt.after
     if after['rows']:
         yield f"  {after['turns']:,} turns after the last answer are in no row: {_places(after)}"
+    lost = receipt.thoughts
+    if lost['rows']: yield f"  {lost['turns']:,} thoughts are not printed by the template: {_places(lost)}"
 
 # %% ../nbs/01d_encoding.ipynb #e409b26c
 def _receipt_text(
@@ -271,11 +289,12 @@ def _refuse_rows(receipt, plan):
     if too_long and plan.over_long=='raise':
         raise InputError(
             f"{too_long['rows']} of {receipt.rows_in} rows are longer than max_length={plan.max_length}: "
-            f'{_places(too_long, 5)}; raise the limit '
-            "or set over_long to 'drop', 'cut_prompt' or 'cut_answer'")
+            f'{_places(too_long, 5)}; raise the limit (--max-length) '
+            "or set over_long to 'drop', 'cut_prompt' or 'cut_answer' (--over-long)")
     if empty and plan.no_target=='raise':
         raise InputError(f"{empty['rows']} of {receipt.rows_in} rows have nothing to learn with "
-                         f"loss_on={plan.loss_on!r}: {_places(empty, 5)}; mend them or set no_target='drop'")
+                         f"loss_on={plan.loss_on!r}: {_places(empty, 5)}; "
+                         "mend them, or set no_target to 'drop' (--no-target drop)")
     if not receipt.rows:
         raise InputError(f'no row is left of {receipt.rows_in}, dropped: {list(receipt.dropped)}; '
                          'choose other limits')
@@ -306,7 +325,7 @@ def encode_all(
     return receipt.check()
 
 # %% ../nbs/01d_encoding.ipynb #64c44873
-_CACHE_VERSION = 3 # raise it when the same records would give other buffers
+_CACHE_VERSION = 6 # raise it when the same records would give other buffers
 
 
 def _cache_name(

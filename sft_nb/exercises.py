@@ -30,16 +30,24 @@ def _same(got, want):
     return got==want
 
 # %% ../nbs/00i_exercises.ipynb #9f0b28c2
-_KINDS = {bool: 'True or False', int: 'a number', float: 'a number', str: 'a text', list: 'a list',
+_KINDS = {bool: 'True or False', int: 'a number', float: 'a number', str: 'a text', list: 'a list or tuple',
           dict: 'a dictionary'}
 
 def _complaint(call, got, want):
     "What is wrong with `got`, in a sentence that names what was wanted"
     if got is ...: return f'{call} is still "...": it should be {_kind(want)}'
-    should = f'{call} should give {shorten(want)}, '
+    should = f'{call} should give {_shown(want)}, '
     if got is None: return should + 'got None: is the cell still empty, or is there no return?'
-    if _kind(got)!=_kind(want): return should + f'which is {_kind(want)}; got {shorten(got)}, {_kind(got)}'
-    return should + f'got {shorten(got)}'
+    if _kind(got)!=_kind(want): return should + f'which is {_kind(want)}; got {_shown(got)}, {_kind(got)}'
+    return should + f'got {_shown(got)}'
+
+# %% ../nbs/00i_exercises.ipynb #4c572035
+def _shown(value):
+    "A short text, with numbers to four digits"
+    def rounded(x):
+        if isinstance(x, float): return float(f'{x:.4g}')
+        return [rounded(part) for part in x] if isinstance(x, list) else x
+    return shorten(rounded(value))
 
 # %% ../nbs/00i_exercises.ipynb #ffd78c51
 def _kind(value):
@@ -47,12 +55,21 @@ def _kind(value):
     if callable(value): return 'a function'
     return _KINDS.get(type(value), f'of type {type(value).__name__}')
 
+# %% ../nbs/00i_exercises.ipynb #f8c2ca25
+def _reason(error):
+    "What an error says, on one line"
+    try: words = ' '.join(str(error).split())[:200]
+    except Exception: words = 'it cannot be printed'
+    if 'ellipsis' in words: return '"..." still stands in the cell'
+    empty = ': is the cell still empty?' if 'NoneType' in words else ''
+    return f'it raised {type(error).__name__}: {words}{empty}'
+
 # %% ../nbs/00i_exercises.ipynb #301f446a
 def _outcome(call, names):
     "What the call gives, and None; or None, and in which words it failed"
     try: return _plain(eval(call, names)), None
     except NameError as e: return None, f'{e.name} is not there: run its cell first'
-    except (Exception, SystemExit) as e: return None, f'but it raised {type(e).__name__}: {shorten(str(e))}'
+    except (Exception, SystemExit) as e: return None, f'but {_reason(e)}'
 
 # %% ../nbs/00i_exercises.ipynb #8ae4336b
 @dataclass(frozen=True)
@@ -83,7 +100,7 @@ def solved(
         got, words = _outcome(call, names)
         if words is None and _agrees(got, want): continue
         if words is None: words = _complaint(call, got, want)
-        elif words.startswith('but'): words = f'{call} should give {shorten(want)}, {words}'
+        elif words.startswith('but'): words = f'{call} should give {_shown(want)}, {words}'
         known = [said for wrong, said in mistakes if got is not None and _agrees(got, _plain(wrong))]
         passed = f' ({n} of {len(cases)} checks passed)' if n else ''
         return _Verdict(right=False, words='. '.join([words, *known[:1]]) + passed)

@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['new_folder', 'Job', 'read_data', 'fit_vocabulary', 'open_model', 'prepare', 'row_limit', 'encode_part', 'answer_part',
-           'Stopped', 'tune_job', 'run_job', 'score_lines', 'judge_lines']
+           'Stopped', 'tune_job', 'run_job', 'plan_job']
 
-# %% ../nbs/07_job.ipynb #f247679b
+# %% ../nbs/07_job.ipynb #d19c48a8
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,13 +17,14 @@ from typing import Any
 import torch
 from .basics import InputError, differences, fingerprint, load_json, save_json
 from .choices import JobConfig, Sampling
-from .data import Record, summarize_records
-from .readers import default_data_file, load_records
-from .split import split_records
+from .columns import FieldBook
+from .data import Record
+from .readers import default_data_file
 from .machine import choose_device
-from .shelf import get_template
+from .shelf import get_template, with_thinking
 from .rows import encode_prompt, missing_tokens
 from .dataset import InstructionDataset
+from .intake import Intake, Look, drop_refused, intake_text, look_lines, look_notes, look_over, split_or_all, take_in
 from .loading import Loaded, load_model
 from .saving import resize_vocab, save_model
 from .lora import add_lora, merge_lora
@@ -40,8 +40,10 @@ from .judge import judge_file, open_judge
 from .numbers import ReportData, RunFacts, load_answers
 from .report import write_report
 from .options import settings_of
-from .proof import export_model
-from .export import gguf_settings
+from .telling import Stage, as_teller
+from .settings import describe_run
+from .telling import bars_wanted
+from .report import judge_lines, score_lines
 
 # %% ../nbs/07_job.ipynb #fdc389b5
 def new_folder(
@@ -69,19 +71,22 @@ class Job:
     loaded:Any # `Loaded`: model, tokenizer and where they came from
     template:Any # How a record is written for the model
     added:tuple = () # Ids of control tokens that `template` needs and the model has never met
+    intake:Intake|None = None # What the file gave
+    look:Look|None = None # What a reader of the parts should know
 
 # %% ../nbs/07_job.ipynb #ec22800f
 def read_data(
-    cfg:JobConfig, # `data` and `drop_broken` count
+    cfg:JobConfig, # `data`, `drop_broken`, `rename`, `carry` and `ignore` count
     *, need_answer:bool = True, # Refuse records without an answer?
     say:Callable = print, # Where progress goes
-)->tuple[str, list]: # Where the records came from, and the records
+)->Intake: # The records, and what became of the rest
     "Read the records, raising `InputError` or `FileNotFoundError`"
     source = str(default_data_file() if cfg.data is None else cfg.data)
-    dropped:list|None = [] if cfg.drop_broken else None
-    records = load_records(source, need_answer=need_answer, dropped=dropped)
-    say(f'data      {source}: {summarize_records(records, dropped)}')
-    return source, records
+    book = FieldBook(tuple(cfg.carry), tuple(cfg.ignore))
+    intake = take_in(source, cfg.rename, book, need_answer=need_answer, drop_broken=cfg.drop_broken)
+    facts = {'source': source, 'records': len(intake.records), 'dropped': len(intake.dropped or ())}
+    say(Stage('data', intake_text(intake), **facts, fields=book.facts()))
+    return intake
 
 # %% ../nbs/07_job.ipynb #009700a7
 def _choose_template(
@@ -117,29 +122,40 @@ def fit_vocabulary(
 
 # %% ../nbs/07_job.ipynb #0c6cc5bc
 def open_model(
-    cfg:JobConfig, # `model`, `template`, `force_template` and `device` count
+    cfg:JobConfig, # `model`, `template`, `force_template`, `thinking` and `device` count
     say:Callable = print, # Where progress goes
 )->tuple[Loaded, Any, tuple]: # The model, the template, and the ids that were added for it
     "Load the model, and settle which template it is asked in"
     device = choose_device(cfg.device)
     loaded = load_model(cfg.model)
     template = _choose_template(loaded, cfg.template, insist=cfg.force_template)
+    template = with_thinking(template, cfg.thinking)
     loaded, added = fit_vocabulary(loaded, template, say)
     loaded.model.to(device)
     n_weights = sum(p.numel() for p in loaded.model.parameters())
-    say(f'model     {loaded.source}: {n_weights/1e6:.1f}M parameters, template {template.name}, on {device}')
+    facts = {'source': str(loaded.source), 'parameters': n_weights, 'template': template.name}
+    about = f'{n_weights/1e6:.1f}M parameters, template {template.name}, on {device}'
+    say(Stage('model', f'{loaded.source}: {about}', device=str(device), **facts))
     return loaded, template, added
 
 # %% ../nbs/07_job.ipynb #ec4b8fdf
 def prepare(
     cfg:JobConfig, # All choices
     say:Callable = print, # Where progress goes
+    *, need_split:bool = True, # Refuse a set that is too small for three parts?
 )->Job: # What a run works with
     "Read, split and load, raising `InputError` before a file is written"
-    source, records = read_data(cfg, say=say)
-    split = split_records(records, seed=cfg.split_seed)
-    say(f'split     train {len(split.train)}, test {len(split.test)}, validation {len(split.val)}')
-    return Job(source, split, *open_model(cfg, say))
+    intake = read_data(cfg, say=say)
+    seed = cfg.split_seed
+    if not cfg.drop_broken: split_or_all(intake.records, seed, need_split=need_split) # the quick check
+    loaded, template, added = open_model(cfg, say)
+    if cfg.drop_broken: say(drop_refused(intake, template, loaded.tokenizer))
+    split = split_or_all(intake.records, seed, need_split=need_split)
+    look = look_over(split)
+    sizes = {'train': len(split.train), 'test': len(split.test), 'validation': len(split.val)}
+    say(Stage('split', ', '.join(f'{part} {n}' for part, n in sizes.items()), **sizes))
+    for stage in look_lines(look): say(stage)
+    return Job(intake.source, split, loaded, template, added, intake, look)
 
 # %% ../nbs/07_job.ipynb #fa2f3e44
 def row_limit(
@@ -153,12 +169,12 @@ def row_limit(
 def encode_part(
     job:Job, # What the run works with
     records:Sequence[Record], # One part of the split
-    cfg:JobConfig, # `loss_on`, `prompt_weight`, `max_length` and `over_long` count
+    cfg:JobConfig, # `loss_on`, `prompt_weight`, `max_length`, `over_long` and `no_target` count
 )->InstructionDataset: # Rows of `Example`s
     "A part of the data as ids, raising `InputError` for rows that cannot be learned"
     return InstructionDataset(
         records, job.loaded.tokenizer, job.template, cfg.loss_on, cfg.prompt_weight,
-        max_length=row_limit(job, cfg), over_long=cfg.over_long)
+        max_length=row_limit(job, cfg), over_long=cfg.over_long, no_target=cfg.no_target)
 
 # %% ../nbs/07_job.ipynb #83c29286
 def _check_questions(
@@ -201,15 +217,17 @@ def answer_part(
 
     def answer(batch):
         return answer_records(loaded.model, loaded.tokenizer, job.template, batch, cfg.how, until=cfg.until,
-                              generator=_chance_for(cfg, batch), progress=sys.stderr.isatty())
+                              generator=_chance_for(cfg, batch), progress=bars_wanted())
 
     rows = answer_file(path, records, answer, _answer_settings(job, cfg), batch_size=128)
     secs = time.perf_counter() - started
-    say(f'answers   {path}: {response_health(rows, load_meta(path))} ({secs:.0f} s)')
+    about = f'{path}: {response_health(rows, load_meta(path))} ({secs:.0f} s)'
+    say(Stage('answers', about, path=str(path), answers=len(rows), secs=secs))
     return rows
 
 # %% ../nbs/07_job.ipynb #16fc9bda
-_KEPT = ('split_seed', 'drop_broken', 'loss_on', 'prompt_weight', 'max_length', 'over_long')
+_KEPT = ('split_seed', 'drop_broken', 'loss_on', 'prompt_weight', 'max_length', 'over_long', 'thinking')
+_KEPT_IF_GIVEN = ('rename', 'ignore', 'no_target') # so that folders of earlier versions can be resumed
 
 
 def _run_settings(
@@ -219,7 +237,8 @@ def _run_settings(
     "All that decides what a run learns, as it is kept with the model"
     base = {'base': job.loaded.source, 'base_fingerprint': job.loaded.fingerprint,
             'data': job.source, 'template': job.template.name}
-    kept = {name: getattr(cfg, name) for name in _KEPT}
+    given = [name for name in _KEPT_IF_GIVEN if getattr(cfg, name)!=getattr(JobConfig, name)]
+    kept = {name: getattr(cfg, name) for name in (*_KEPT, *given)}
     return base | kept | {'lora': asdict(cfg.lora)['rank'] if cfg.lora else 0, 'config': asdict(cfg.train)}
 
 # %% ../nbs/07_job.ipynb #82a78198
@@ -257,8 +276,9 @@ def _check_job(
     _check_same_run(out, _run_settings(job, cfg))
     rows:Any = encode_part(job, job.split.train, cfg)
     val_rows:Any = encode_part(job, job.split.val, cfg)
-    say(f'rows      {rows.receipt}')
     receipt = val_rows.receipt
+    facts = {'training': asdict(rows.receipt), 'validation': asdict(receipt)}
+    say(Stage('rows', str(rows.receipt), **facts))
     if receipt.tokens<receipt.tokens_in: say(f'          for validation: {receipt}')
     _check_decay(job, cfg)
     model = job.loaded.model
@@ -266,8 +286,9 @@ def _check_job(
     begun = (out/'checkpoints').exists() or (out/'model').exists()
     if cfg.preflight and not begun:
         stops = default_stop_ids(model, job.loaded.tokenizer, job.template)
-        found = check_run(model, rows, val_rows, cfg.train, tokenizer=job.loaded.tokenizer, stop_ids=stops)
-        say(f'preflight\n{found}')
+        found = check_run(model, rows, val_rows, cfg.train, tokenizer=job.loaded.tokenizer,
+                          stop_ids=stops, folder=out)
+        say(Stage('preflight', f'\n{found}', outcomes=[asdict(o) for o in found.outcomes]))
         found.raise_if_bad()
     return rows, val_rows
 
@@ -288,14 +309,15 @@ def _tune(job, checked, cfg, say):
     model = job.loaded.model
     out.mkdir(parents=True, exist_ok=True)
     save_json(out/'config.json', settings_of(cfg))
-    receipts = {'training': asdict(rows.receipt), 'validation': asdict(val_rows.receipt)}
-    save_json(out/'receipt.json', receipts)
+    parts = {'training': asdict(rows.receipt), 'validation': asdict(val_rows.receipt)}
+    save_json(out/'receipt.json', parts | {'data': job.intake.facts() if job.intake else {}})
     log = train(model, rows, val_rows, cfg.train, out, resume=cfg.resume, say=say)
     if log.stopped and not out_of_patience(log):
         raise Stopped(f'{out}: {log.stopped}; the same command with --resume goes on')
     if cfg.lora:
         largest = merge_lora(model)
-        say(f'adapter   merged into the weights; the largest difference of a logit is {largest:.1e}')
+        about = f'merged into the weights; the largest difference of a logit is {largest:.1e}'
+        say(Stage('adapter', about, difference=largest))
     losses = [log.vals[0].loss, _last_loss(log)]
     meta = _run_settings(job, cfg) | {'settings': settings_of(cfg), 'validation_loss': losses}
     save_model(out/'model', model, job.loaded.tokenizer, job.template, meta)
@@ -315,9 +337,12 @@ def _train_job(
     job.loaded = load_model(out/'model')
     job.loaded.model.to(choose_device(cfg.device))
     plot_losses(log).savefig(out/'loss.png', dpi=100)
-    speed = f'{log.seen_tokens/log.secs:,.0f} tokens/s ({log.dtype})'
-    say(f'training  {len(log.steps)} steps in {log.secs/60:.1f} minutes, {speed}; '
-        f'validation loss {log.vals[0].loss:.4f} -> {_last_loss(log):.4f} nats a target')
+    losses = {'loss_before': log.vals[0].loss, 'loss_after': _last_loss(log)}
+    speed = log.seen_tokens/log.secs
+    about = (f'{len(log.steps)} steps in {log.secs/60:.1f} minutes, {speed:,.0f} tokens/s ({log.dtype}); '
+             'validation loss {loss_before:.4f} -> {loss_after:.4f} nats a target'.format(**losses))
+    facts = {'steps': len(log.steps), 'secs': log.secs, 'tokens_per_sec': speed, 'last_lr': log.steps[-1].lr}
+    say(Stage('training', about, **facts, **losses))
     return log
 
 # %% ../nbs/07_job.ipynb #a0a8f643
@@ -326,32 +351,41 @@ def tune_job(
     say:Callable = print, # Where progress goes
 )->Path: # The folder of the tuned model
     "Tune a model on a file of records: `tune_job(JobConfig(data='my.json', out='runs/mine'))`"
-    new_folder(cfg.out, resume=cfg.resume)
-    job = prepare(cfg, say)
-    _train_job(job, _check_job(job, cfg, say), cfg, say)
-    return Path(cfg.out)/'model'
+    folder = new_folder(cfg.out, resume=cfg.resume)
+    with as_teller(say) as tell:
+        job = prepare(cfg, tell)
+        checked = _check_job(job, cfg, tell)
+        folder.mkdir(parents=True, exist_ok=True)
+        tell.keep_in(folder)
+        _train_job(job, checked, cfg, tell)
+    return folder/'model'
 
 # %% ../nbs/07_job.ipynb #e59edc05
-def _run_facts(cfg, settings, log):
+def _run_facts(cfg, settings, log, look):
     "What the report tells about the run"
     return RunFacts(
-        f'sft_nb run: {Path(cfg.out).name}', settings | settings['config'],
+        f'sft_nb run: {Path(cfg.out).name}', settings | settings['config'], look_notes(look),
         val_before=log.vals[0].loss, val_after=_last_loss(log), secs={'training': log.secs},
         pictures={'loss.png': ('Training and validation loss', plot_losses(log))})
 
-# %% ../nbs/07_job.ipynb #e7f91095
-def _check_export(job, cfg):
-    "Raise `InputError` if the tuned model could not be exported as `cfg.export` says"
-    if cfg.export is None: return
-    gguf_settings(job.loaded.cfg, cfg.export, job.loaded.tokenizer, job.template)
+# %% ../nbs/07_job.ipynb #6d1c6266
+def _check_all(cfg, say):
+    "The job of a run and its rows, once everything has been looked at that can be before training"
+    judge = cfg.judge
+    if judge: open_judge(lambda _: [], judge, cfg.judging.protocol) # is it there?
+    job = prepare(cfg, say)
+    _check_questions(job, job.split.test)
+    return job, _check_job(job, cfg, say)
 
-# %% ../nbs/07_job.ipynb #3ee3f57c
-def _export_job(job, cfg, say):
-    "Write the tuned model as `model-KIND.gguf`, read it back and compare; `job` loses its model"
-    if cfg.export is None: return
-    to = Path(cfg.out)/f'model-{cfg.export}.gguf'
-    job.loaded = None
-    if not to.exists(): export_model(Path(cfg.out)/'model', to, cfg.export, job.split.test, say=say)
+# %% ../nbs/07_job.ipynb #690f0c61
+def _report(out, cfg, facts):
+    "Score the answers in a run folder, have them judged if a judge is named, and write the report"
+    files = {'before': out/'responses-before.json', 'after': out/'responses.json'}
+    before, after = (load_answers(file) for file in files.values())
+    data = write_report(out, before, after, facts)
+    if cfg.judge is None: return data
+    judged = {name: judge_file(file, cfg.judge, cfg.judging) for name, file in files.items()}
+    return write_report(out, before, after, facts, judge=judged)
 
 # %% ../nbs/07_job.ipynb #d247e4bd
 def run_job(
@@ -360,46 +394,29 @@ def run_job(
 )->ReportData: # The numbers of the report
     "Train, answer before and after, score, report: `run_job(JobConfig(data='my.json')).headline`"
     out = new_folder(cfg.out, resume=cfg.resume)
-    judge = cfg.judge
-    if judge: open_judge(lambda _: [], judge, cfg.judging.protocol) # is it there?
-    job = prepare(cfg, say)
-    settings = _run_settings(job, cfg)
-    _check_questions(job, job.split.test)
-    checked = _check_job(job, cfg, say)
-    _check_export(job, cfg)
-    out.mkdir(parents=True, exist_ok=True)
-    files = {'before': out/'responses-before.json', 'after': out/'responses.json'}
-    answer_part(job, job.split.test, files['before'], cfg, say)
-    log = _train_job(job, checked, cfg, say)
-    answer_part(job, job.split.test, files['after'], cfg, say)
-    before, after = (load_answers(file) for file in files.values())
-    facts = _run_facts(cfg, settings, log)
-    data = write_report(out, before, after, facts)
-    if judge is not None:
-        judged = {name: judge_file(file, judge, cfg.judging) for name, file in files.items()}
-        data = write_report(out, before, after, facts, judge=judged)
-    _export_job(job, cfg, say)
+    with as_teller(say) as tell:
+        job, checked = _check_all(cfg, tell)
+        settings = _run_settings(job, cfg)
+        out.mkdir(parents=True, exist_ok=True)
+        tell.keep_in(out)
+        answer_part(job, job.split.test, out/'responses-before.json', cfg, tell)
+        log = _train_job(job, checked, cfg, tell)
+        answer_part(job, job.split.test, out/'responses.json', cfg, tell)
+        data = _report(out, cfg, _run_facts(cfg, settings, log, job.look))
+        for line in [*score_lines(data), *judge_lines(data)]: tell(line)
+        tell(Stage('report', str(out/'report.html'), path=str(out/'report.html')))
     return data
 
-# %% ../nbs/07_job.ipynb #f7bde53d
-def score_lines(
-    data:Any, # `ReportData` of two files
-)->list: # Lines of text
-    "What the scores say, for a terminal"
-    lines = []
-    for name, part in data.metrics.items():
-        compared = part.compared
-        diff = compared.diff
-        sure = 'too few rows for an interval'
-        if diff.is_known: sure = f'95 % interval {diff.low:+.1f} to {diff.high:+.1f}'
-        moved = f'{compared.before:5.1f} -> {compared.after:5.1f}   {diff.mean:+5.1f}'
-        lines.append(f'score     {name:20} {moved} ({sure})')
-    return [*lines, f'verdict   {data.headline.compared.verdict}']
-
-# %% ../nbs/07_job.ipynb #1551bf7e
-def judge_lines(
-    data:ReportData, # With or without a judge
-)->list: # Lines of text
-    "What a judge says of each file, for a terminal"
-    said = {name: getattr(data.judge, name) for name in ('before', 'after')} if data.judge else {}
-    return [f"judge     {name}: {judged['text']}" for name, judged in said.items() if judged]
+# %% ../nbs/07_job.ipynb #37227ad9
+def plan_job(
+    cfg:JobConfig, # All choices; the checks of preflight are made in any case
+    say:Callable = print, # Where it is told
+)->None:
+    "Look at everything a run would look at, and write nothing: `plan_job(JobConfig(data='my.json'))`"
+    new_folder(cfg.out, resume=cfg.resume)
+    say = as_teller(say)
+    cfg = replace(cfg, preflight=True)
+    job, (rows, _) = _check_all(cfg, say)
+    about = describe_run(cfg.train, rows, job.loaded.model)
+    say(Stage('plan', f'\n{about}', steps=cfg.train.n_steps(len(rows))))
+    say(Stage('dry run', 'nothing was written'))

@@ -17,13 +17,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-
 from tqdm import tqdm
-
 from .basics import InputError, fingerprint, lock_file
 from .server import Reply
 from .respond import n_workers
 from .verdicts import Judge, Verdict, ask
+from .telling import bars_wanted
 
 # %% ../nbs/06g_ledger.ipynb #a8112c59
 FINAL = ('ok', 'rule', 'unreadable', 'refused', 'cut', 'prompt_cut')
@@ -176,7 +175,7 @@ def ask_all(
     n_workers_ = n_workers(judge.server, workers)
     pool = ThreadPoolExecutor(n_workers_)
     try:
-        with tqdm(total=len(todo), desc='judging', unit='row', disable=None) as bar:
+        with tqdm(total=len(todo), desc='judging', unit='row', disable=not bars_wanted()) as bar:
             while queue.under_way or (queue.waiting and queue.n_failed<breaker):
                 if queue.n_failed<breaker: _fill(queue, pool, judge, n_workers_)
                 bar.update(_collect(queue, judge, ledger))

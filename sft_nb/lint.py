@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .basics import Groups, InputError, shorten
-from .calls import unread_keys
+from .columns import unread_keys
 from .data import Record, as_records, prompt_key
 
 # %% ../nbs/00b_lint.ipynb #6ddbc1fd

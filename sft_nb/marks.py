@@ -50,9 +50,13 @@ def _swap(value, swap):
     return value
 
 # %% ../nbs/00g_marks.ipynb #a0075377
+_INSIDE = re.compile(r'(\s*<think>\s*)(.*?\S)(\s*</think>\s*)(\S.*)', re.S)
+
+
 def mark_leaves(
     messages:Sequence[Message], # The turns
     tools:list|None=None, # What the assistant may call
+    *, inside:bool=False, # Mark a thought within the words of an answer by itself?
 )->tuple: # Messages and tools with marks for texts, and the `Leaf` of each mark in their order
     "Put a numbered mark in the place of each text of the data"
     leaves:list[Leaf] = []
@@ -68,7 +72,14 @@ def mark_leaves(
     shown = tools and _swap(tools, lambda text: mark(text, 'system', -2, 'tools'))
     marked = []
     for i, m in enumerate(messages):
-        words = mark(m.content, m.role, i, 'content') if m.content.strip() else m.content
+        apart = inside and m.role=='assistant'
+        parts = _INSIDE.fullmatch(m.content) if apart else None
+        words = m.content
+        if parts:
+            begin, thought, end, said = parts.groups()
+            words = begin + mark(thought, m.role, i, THOUGHT_KEYS[0])
+            words += end + mark(said, m.role, i, 'content')
+        elif words.strip(): words = mark(words, m.role, i, 'content')
         more = m.more and {key: marked_more(key, value, m, i) for key, value in m.more.items()}
         marked.append(replace(m, content=words, more=more))
     return marked, shown, leaves
@@ -78,7 +89,9 @@ def _forms(text):
     "The ways in which templates print a text"
     stripped = text.strip()
     raw = [text, stripped, text.lstrip(), text.rstrip()]
-    quoted = [json.dumps(t, ensure_ascii=ascii)[1:-1] for t in (text, stripped) for ascii in (False, True)]
+    quoted = []
+    for words in text, stripped:
+        quoted += [json.dumps(words, ensure_ascii=ascii)[1:-1] for ascii in (False, True)]
     return list(dict.fromkeys(raw + quoted))
 
 # %% ../nbs/00g_marks.ipynb #68441b85
@@ -213,8 +226,9 @@ def read_places(
 
     text = show(messages, record.tools)
     check_printed(messages, record.tools, show, record.where, template.name)
-    for turns in messages, with_thoughts_apart(messages):
-        marked, tools, leaves = mark_leaves(turns, record.tools)
+    apart = with_thoughts_apart(messages)
+    for turns, inside in (messages, False), (apart, False), (messages, True):
+        marked, tools, leaves = mark_leaves(turns, record.tools, inside=inside)
         try:
             if show(turns, record.tools)!=text: continue
             printed = show(marked, tools)

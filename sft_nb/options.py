@@ -53,7 +53,7 @@ _HOMES = {TrainConfig: ('train', ''), LoraConfig: ('adapters', 'lora_'), Samplin
 _NAMES = {(LoraConfig, 'rank'): 'lora', (Stops, 'ids'): 'stop_ids', (Stops, 'strings'): 'stop'}
 _GROUPS = {
     'rows': ('loss_on', 'prompt_weight', 'max_length', 'over_long', 'no_target'),
-    'model': ('model', 'template', 'force_template', 'device'),
+    'model': ('model', 'template', 'force_template', 'thinking', 'device'),
     'run': ('preflight', 'minutes', 'logger', 'export'),
     'folder': ('out', 'resume'),
     'adapters': ('lora_4bit',),

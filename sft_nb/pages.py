@@ -29,8 +29,8 @@ def harmless(
     def is_seen(c): return c in '\n\t\u200c\u200d' or c.isprintable() or unicodedata.category(c)=='Zs'
     return ''.join(c if is_seen(c) else '�' for c in str(text).replace('\r\n', '\n'))
 
-# %% ../nbs/06j_pages.ipynb #30000d07
-_ENTITIES = {'|': '&#124;', '<': '&lt;', '>': '&gt;', '&': '&amp;'}
+# %% ../nbs/06j_pages.ipynb #a29c29ff
+_ENTITIES = {'|': '&#124;', '<': '&lt;', '&': '&amp;'}
 _ACTING = '`*_[]~#\\$' # what Markdown escapes with a backslash
 
 # %% ../nbs/06j_pages.ipynb #30000d08
@@ -42,6 +42,7 @@ def md_cell(
     text = harmless(text).strip()
     if len(text)>limit: text = text[:limit].rstrip()+' …'
     text = ''.join('\\'+c if c in _ACTING else _ENTITIES.get(c, c) for c in text)
+    if text.startswith('>'): text = '&gt;' + text[1:] # at the start of a line it would quote
     return re.sub(r'\s*\n\s*', '<br>', text).replace('://', '&#58;//')
 
 # %% ../nbs/06j_pages.ipynb #30000d09
@@ -238,7 +239,7 @@ def page_markdown(
     if settings.lines: parts += ['## Settings', str(settings)]
     return '\n\n'.join(parts)+'\n'
 
-# %% ../nbs/06j_pages.ipynb #96e64a0b
+# %% ../nbs/06j_pages.ipynb #a5fb1a1c
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; \
 padding: 0 1rem; color: #222 }
@@ -254,9 +255,10 @@ figcaption { font-size: .85rem; color: #555 }
        border-top: 1px solid #ddd; padding: .6rem 0 }
 .row h4 { margin: 0; font-size: .75rem; color: #555; font-weight: normal }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate; margin: 0 }
+.short { white-space: nowrap; overflow-wrap: normal }
 """
 
-# %% ../nbs/06j_pages.ipynb #30000d39
+# %% ../nbs/06j_pages.ipynb #4fb5b619
 _TEMPLATE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">\
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -265,7 +267,7 @@ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>{{ page.title }}</title><style>{{ style }}</style></head><body>
 {%- macro table(t) %}<table><tr>{% for h in t.heads %}<th>{{ h }}</th>{% endfor %}</tr>
 {%- for line in t.lines %}<tr>\
-{% for c in line %}<td><span class="text">{{ c|harmless }}</span></td>{% endfor %}</tr>
+{% for c in line %}<td><span class="text{{ c|width }}">{{ c|harmless }}</span></td>{% endfor %}</tr>
 {%- endfor %}</table>{% endmacro %}
 {%- macro cell(name, text, points) %}<div><h4>{{ name }}
 {%- if points is not none %} ({{ points|num }} points){% endif %}</h4>
@@ -299,12 +301,18 @@ def _base64(data):
     "Bytes as the text that a page may hold"
     return base64.b64encode(data).decode()
 
+# %% ../nbs/06j_pages.ipynb #68236c17
+def _width(cell):
+    "The class of a cell that is too short to be broken"
+    return ' short' if len(str(cell))<=28 and '\n' not in str(cell) else ''
+
 # %% ../nbs/06j_pages.ipynb #fce84429
 def page_html(
     page:Page, # What to show
 )->str: # The page, with nothing outside it
     "A page as HTML"
     env = Environment(autoescape=True)
-    env.filters |= {'harmless': harmless, 'num': partial(short_number, form='.0f'), 'b64': _base64}
+    number = partial(short_number, form='.0f')
+    env.filters |= {'harmless': harmless, 'num': number, 'b64': _base64, 'width': _width}
     settings = Table(['setting', 'value'], list(page.settings.items()))
     return env.from_string(_TEMPLATE).render(page=page, style=Markup(_STYLE), settings=settings)

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['Outcome', 'Preflight', 'Trial', 'try_batch', 'check_run']
 
-# %% ../nbs/05g_preflight.ipynb #a10d8159
-import math, time
+# %% ../nbs/05g_preflight.ipynb #3bf9eab4
+import math, shutil, time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 import numpy as np
 import torch
 from .basics import InputError
@@ -222,6 +223,24 @@ def _check_memory(
     return Outcome('ok', 'memory', f'{need:.3g} GiB more for weights, gradient and averages, '
                                    f'{available:.3g} available')
 
+# %% ../nbs/05g_preflight.ipynb #87aa05c0
+def _check_disk(
+    model:Decoder, # As it will be trained
+    cfg:TrainConfig, # Gives the checkpoints that are kept
+    folder:str|Path, # Run folder; it need not exist yet
+)->Outcome: # Is there room for what a run writes?
+    "Room for the model and its checkpoints"
+    path = Path(folder).absolute()
+    there = next(p for p in (path, *path.parents) if p.exists())
+    n_all = sum(p.numel() for p in model.parameters())
+    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    checkpoints = 12*n_trained*(cfg.keep_last + 1) + 4*n_trained*cfg.best
+    need = (4*n_all + checkpoints)/2**30
+    free = shutil.disk_usage(there).free/2**30
+    text = f'{need:.3g} GiB for the model and its checkpoints, {free:.3g} free at {there}'
+    if need>free: return Outcome('bad', 'disk', text + '; make room, or choose another folder')
+    return Outcome('ok', 'disk', text)
+
 # %% ../nbs/05g_preflight.ipynb #16e418e4
 def _expect_time(
     trial:Trial, # From `try_batch`
@@ -258,13 +277,14 @@ def _check_validation(
                                          'the validation loss will flatter')
 
 # %% ../nbs/05g_preflight.ipynb #72aff156
-def _cheap(rows, val_rows, model, cfg, tokenizer, *, stop_ids):
+def _cheap(rows, val_rows, model, cfg, tokenizer, *, stop_ids, folder=None):
     "What can be seen without computing; only the rows if those are bad"
     fit = _check_rows(rows, model)
     if fit.grade=='bad': return [fit]
     free = free_memory(next(model.parameters()).device)/2**30
     found = [fit, _check_labels(rows, tokenizer), _check_stop(rows, stop_ids, tokenizer)]
     found.append(_check_memory(model, free, cfg))
+    if folder is not None: found.append(_check_disk(model, cfg, folder))
     if len(val_rows): found.append(_check_validation(rows, val_rows))
     return found
 
@@ -294,11 +314,12 @@ def check_run(
     *,
     tokenizer:Tokenizer|None=None, # To show text instead of ids
     stop_ids:Collection|None=None, # Ids that end an answer; None: guessed from the rows
+    folder:str|Path|None=None, # Where the run will write; None: nowhere
 )->Preflight: # All outcomes; `print` it, `raise_if_bad()`
     "Look at everything that can be looked at before training: `print(check_run(model, rows))`"
     if not len(rows): raise InputError('preflight: no training rows; check the data and the split')
     dtype, _ = choose_dtype(cfg.dtype, next(model.parameters()).device) # once: measurements differ
     cfg = replace(cfg, dtype=str(dtype).removeprefix('torch.'))
-    found = _cheap(rows, val_rows, model, cfg, tokenizer, stop_ids=stop_ids)
+    found = _cheap(rows, val_rows, model, cfg, tokenizer, stop_ids=stop_ids, folder=folder)
     if all(o.grade!='bad' for o in found): found += _dear(rows, model, cfg)
     return Preflight(tuple(found))

@@ -9,12 +9,14 @@ __all__ = ['load_rows', 'iter_records', 'load_records', 'file_kind', 'save_recor
 import csv, gzip, io, json, os, re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
 from sft_nb.basics import (
     CutOffError, InputError, decode_text, json_text, near_misses, open_bytes, parse_json, shorten,
     write_atomic)
+from .columns import FieldBook, apart, book_fields, check_asked_keys
 from .data import Record, check_format, read_record
 
 # %% ../nbs/00a_readers.ipynb #5a8ec5bd
@@ -127,10 +129,8 @@ def _pass_comma(window, where, i):
     raise InputError(f"{place}: a comma stands before the list's closing bracket; drop it")
 
 # %% ../nbs/00a_readers.ipynb #0e0ae58f
-def _list_rows(portions, where):
-    "Pairs of an address and an entry of a JSON list"
-    window = _Window(portions)
-    window.mark()
+def _entries(window, where):
+    "Pairs of an address and an entry of the JSON list that begins here, its closing bracket included"
     window.take() # the opening bracket
     for i in count():
         if window.mark()==']': break
@@ -138,9 +138,59 @@ def _list_rows(portions, where):
         place = f'{where} record {i}'
         yield place, window.value(place)
     window.take()
+
+# %% ../nbs/00a_readers.ipynb #cc82a875
+def _refuse_rest(window, where, what):
+    "Raise `InputError` if there is more text"
     if window.mark():
         rest = shorten(window.text[window.at:])
-        raise InputError(f"{where}: text after the list's closing bracket, got {rest}; take it out")
+        raise InputError(f"{where}: text after the {what}'s closing bracket, got {rest}; take it out")
+
+# %% ../nbs/00a_readers.ipynb #267ca766
+def _list_rows(portions, where):
+    "Pairs of an address and an entry of a file that is one JSON list"
+    window = _Window(portions)
+    window.mark()
+    yield from _entries(window, where)
+    _refuse_rest(window, where, 'list')
+
+# %% ../nbs/00a_readers.ipynb #016c2f0e
+_WRAPS = 'data', 'records', 'rows', 'examples', 'items', 'instances', 'samples', 'train'
+_VALUE = rb'(?:"[^"\\]*"|[-\w.]+)'
+_WRAPPED = re.compile(rb'\{\s*(?:"[^"\\]*"\s*:\s*' + _VALUE + rb'\s*,\s*)*"(?:' + '|'.join(_WRAPS).encode()
+                      + rb')"\s*:\s*\[\s*[{\]]')
+
+# %% ../nbs/00a_readers.ipynb #150c4953
+def _next_entry(window, where):
+    "The key of the next entry of a JSON object; None at its end. Its value is what comes next"
+    if window.mark()=='}': return window.take()
+    if window.mark()==',': window.take()
+    window.mark()
+    key = window.value(where)
+    if not isinstance(key, str) or window.mark()!=':':
+        place = f'{where} line {window.here()}'
+        raise InputError(f'{place}: a key and a colon are missing, got {shorten(key)}; mend the file')
+    window.take()
+    return key
+
+# %% ../nbs/00a_readers.ipynb #3ced2a63
+def _wrapped_rows(portions, where):
+    "Pairs of an address and an entry of the one list of records in a JSON object"
+    window = _Window(portions)
+    window.mark()
+    window.take() # the opening brace
+    held = ''
+    while (key := _next_entry(window, where)) is not None:
+        begins = window.mark()
+        if not held and key in _WRAPS and begins=='[':
+            held = key
+            yield from _entries(window, where)
+            continue
+        value = window.value(where)
+        if isinstance(value, list) and any(isinstance(row, dict) for row in value):
+            raise InputError(f'{where}: holds two lists of records, {held!r} and {key!r}; '
+                             'write each into its own file')
+    _refuse_rest(window, where, 'object')
 
 # %% ../nbs/00a_readers.ipynb #ed1229bf
 def _csv_rows(file, where, delimiter):
@@ -237,10 +287,11 @@ def load_rows(
         return
     table = re.search(r'\.([ct]sv)(\.gz)?$', where, re.I)
     with open_bytes(path) as file:
-        start = file.peek(1<<16).removeprefix(b'\xef\xbb\xbf').lstrip()[:4]
-        if start==b'PAR1': yield from _json_rows(_parquet_rows(file, where), dropped)
+        start = file.peek(1<<16).removeprefix(b'\xef\xbb\xbf').lstrip()
+        if start[:4]==b'PAR1': yield from _json_rows(_parquet_rows(file, where), dropped)
         elif table: yield from _csv_rows(file, where, '\t' if table[1].lower()=='tsv' else ',')
         elif start[:1]==b'[': yield from _list_rows(_list_portions(file, where), where)
+        elif _WRAPPED.match(start): yield from _wrapped_rows(_list_portions(file, where), where)
         else: yield from _line_rows(_line_portions(file, where), where, dropped)
 
 # %% ../nbs/00a_readers.ipynb #41264f07
@@ -254,6 +305,22 @@ def _renamed(raw, rename, where):
     raise InputError(f'{where}: rename gives two fields the name {twice!r}, got fields {got}; '
                      'give the other one a new name too')
 
+# %% ../nbs/00a_readers.ipynb #e492f724
+def _read_booked(raw, fmt, where, need_answer, *, fields):
+    "`read_record` that obeys the book of fields and writes into it, if there is one"
+    if fields is None or not isinstance(raw, dict): return read_record(raw, fmt, where, need_answer)
+    read, kept = apart(fields, raw)
+    record = replace(read_record(read, fmt, where, need_answer), raw=kept)
+    book_fields(fields, raw, kept, record.fmt, where)
+    return record
+
+# %% ../nbs/00a_readers.ipynb #4bf45999
+def _with_rename(error, raw, rename):
+    "`error`, which says so too if a field that should get another name is not there"
+    absent = [name for name in rename or () if isinstance(raw, dict) and name not in raw]
+    if not absent: return error
+    return InputError(f'{error}; there is no field {absent[0]!r} to rename, {near_misses(absent[0], raw)}')
+
 # %% ../nbs/00a_readers.ipynb #306cc37f
 def iter_records(
     path:str|Path, # JSON, JSONL, CSV, TSV or Parquet, perhaps gzipped; '-': standard input; 'hub:owner/name'
@@ -261,14 +328,15 @@ def iter_records(
     need_answer:bool=True, # Refuse records without an answer?
     rename:dict[str, str]|None = None, # The file's names for fields to ours: {'question': 'instruction'}
     dropped:list[str]|None = None, # Collects messages about what is left out; None: the first one raises
+    *, fields:FieldBook|None = None, # Says which keys are carried or ignored, and counts what became of all
 )->Iterator[Record]: # In file order
     "The checked records of a file one by one, for sets that are larger than the memory"
     check_format(fmt)
     names:set[str] = set()
     for where, raw in load_rows(path, dropped):
         if rename and isinstance(raw, dict): names.update(raw)
-        try: record = read_record(_renamed(raw, rename, where), fmt, where, need_answer)
-        except InputError as e: _drop(e, dropped)
+        try: record = _read_booked(_renamed(raw, rename, where), fmt, where, need_answer, fields=fields)
+        except InputError as e: _drop(_with_rename(e, raw, rename), dropped)
         else:
             fmt = record.fmt
             yield record
@@ -276,6 +344,7 @@ def iter_records(
     if absent:
         advice = near_misses(absent[0], names)
         raise InputError(f'{path}: no record has the field {absent[0]!r} of rename; {advice}')
+    if fields: check_asked_keys(fields, str(path))
 
 # %% ../nbs/00a_readers.ipynb #0f532c38
 def load_records(
@@ -284,9 +353,10 @@ def load_records(
     need_answer:bool=True, # Refuse records without an answer?
     rename:dict[str, str]|None = None, # The file's names for fields to ours: {'question': 'instruction'}
     dropped:list[str]|None = None, # Collects messages about what is left out; None: the first one raises
+    *, fields:FieldBook|None = None, # Says which keys are carried or ignored, and counts what became of all
 )->list[Record]: # In file order, at least one
     "The checked records of a file, or `InputError` at its first fault: `load_records('data/train.jsonl')`"
-    records = list(iter_records(path, fmt, need_answer, rename, dropped))
+    records = list(iter_records(path, fmt, need_answer, rename, dropped, fields=fields))
     if records: return records
     why = 'write a list of records'
     if dropped: why = f'all {len(dropped)} were dropped, the first as {dropped[0]}'

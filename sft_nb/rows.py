@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LOSS_ON', 'KINDS', 'READ', 'LEARNED', 'STOP', 'MUTE', 'SPEAKERS', 'OVER_LONG', 'Example', 'missing_tokens',
-           'encode_segments', 'check_loss', 'segment_kinds', 'Row', 'encode_rows', 'Flat', 'flatten_rows',
-           'learn_weights', 'encode_record', 'encode_prompt', 'fit_row', 'TokenView', 'view_record']
+           'check_loss', 'segment_kinds', 'Row', 'encode_rows', 'Flat', 'flatten_rows', 'learn_weights',
+           'encode_record', 'encode_prompt', 'fit_row', 'TokenView', 'view_record']
 
-# %% ../nbs/01c_rows.ipynb #cc3a63a2
+# %% ../nbs/01c_rows.ipynb #f5ba9309
 import os, re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -19,9 +19,11 @@ import numpy as np
 from .basics import InputError, check_choice
 from .data import Record, as_records
 from .templates import (
-    STYLES, Rendered, Segment, Template, colored_html, render_prompt, render_record, visible_text)
+    STYLES, Segment, Template, colored_html, render_prompt, render_record, visible_text)
 from .shelf import get_template
 from .tokenizer import Tokenizer
+from .whole_text import encode_segments
+from .thoughts import lost_thoughts
 
 # %% ../nbs/01c_rows.ipynb #ebb6b2e2
 @dataclass(frozen=True, eq=False)
@@ -32,16 +34,6 @@ class Example:
     where:str = 'example' # Address for messages
 
     def __len__(self): return len(self.ids)
-
-# %% ../nbs/01c_rows.ipynb #12b75986
-def _stop_ids(text, tokenizer):
-    "The one id of a stop's `text` ('' is the tokenizer's own end); `InputError` if it is no control token"
-    if not text: return [tokenizer.eos_id]
-    ids = tokenizer.encode_control(text)
-    if len(ids)==1 and ids[0] in tokenizer.control_ids: return ids
-    raise InputError(f"tokenizer {tokenizer.name}: the template's stop {text!r} is no control token here, "
-                     f'got {len(ids)} ids; '
-                     'use tokenizer.with_control_tokens(missing_tokens(template, tokenizer))')
 
 # %% ../nbs/01c_rows.ipynb #42fe3cd0
 def _printed_markers(template, roles):
@@ -62,76 +54,6 @@ def missing_tokens(
     try: found += _printed_markers(template, ['system', 'user', 'assistant'])
     except InputError: pass # a template that takes no system message prints nothing around it
     return [t for t in dict.fromkeys(found) if t not in tokenizer.control_tokens]
-
-# %% ../nbs/01c_rows.ipynb #8684f1cc
-def _segment_tokenizers(segments, tokenizer):
-    "For each segment `tokenizer`, or `tokenizer.inside` if it goes on after plain text"
-    if tokenizer.inside is tokenizer: return [tokenizer]*len(segments)
-    after_text = False
-    found = []
-    for s in segments:
-        found.append(tokenizer.inside if after_text else tokenizer)
-        ids = tokenizer.encode_control(s.text) if s.control else []
-        if s.text or s.stop: after_text = not (s.stop or (ids and ids[-1] in tokenizer.control_ids))
-    return found
-
-# %% ../nbs/01c_rows.ipynb #d72b2558
-def _stops_before(segments):
-    "For each segment the stop token's text, if it is template text right behind one, else ''"
-    behind = [a.text if a.stop and b.control else '' for a, b in zip(segments, segments[1:])]
-    return ['', *behind][:len(segments)]
-
-# %% ../nbs/01c_rows.ipynb #2dd38775
-class _Tables(NamedTuple):
-    "The ids of each different text"
-    contents:dict # (tokenizer, text) -> ids
-    frames:dict # (tokenizer, text, stop before it) -> ids
-    stops:dict # text -> ids
-
-# %% ../nbs/01c_rows.ipynb #b8e80be0
-def _content_table(places):
-    "The ids of each different content among `places`: (segment, tokenizer, stop before it)"
-    wanted = {(used, s.text) for s, used, _ in places if not s.control}
-    table = {}
-    for tokenizer in {used for used, _ in wanted}:
-        texts = [text for used, text in wanted if used is tokenizer]
-        for text, ids in zip(texts, tokenizer.encode_batch(texts)): table[tokenizer, text] = ids
-    return table
-
-# %% ../nbs/01c_rows.ipynb #130ae3ac
-def _frame_table(places):
-    "The ids of each different template text among `places`"
-    wanted = {(used, s.text, before) for s, used, before in places if s.control and not s.stop}
-    table = {}
-    for used, text, before in wanted:
-        ids = used.encode_control(before + text)
-        table[used, text, before] = ids[1:] if before else ids # the stop itself belongs to the segment before
-    return table
-
-# %% ../nbs/01c_rows.ipynb #bef0480e
-def _segment_ids(places, tables):
-    "The ids of each segment of one row"
-    contents, frames, stops = tables
-    found = []
-    for segment, used, before in places:
-        if segment.stop: ids = stops[segment.text]
-        elif segment.control: ids = frames[used, segment.text, before]
-        else: ids = contents[used, segment.text]
-        found.append(ids)
-    return found
-
-# %% ../nbs/01c_rows.ipynb #70055119
-def encode_segments(
-    rendered:Sequence[Rendered], # Whole records or prompts
-    tokenizer:Tokenizer, # Turns text into ids
-)->list: # For each of them, the ids of each segment
-    "Encode each segment by itself: template text once for all, contents in one batch"
-    rows = [list(zip(r.segments, _segment_tokenizers(r.segments, tokenizer), _stops_before(r.segments)))
-            for r in rendered]
-    places = list(chain.from_iterable(rows))
-    stops = {text: _stop_ids(text, tokenizer) for text in {s.text for s, _, _ in places if s.stop}}
-    tables = _Tables(_content_table(places), _frame_table(places), stops)
-    return [_segment_ids(row, tables) for row in rows]
 
 # %% ../nbs/01c_rows.ipynb #186bbf76
 LOSS_ON = ('response', 'last', 'all', 'message')
@@ -155,6 +77,8 @@ def segment_kinds(
     loss_on:str='response', # One of `LOSS_ON`
 )->list: # READ, LEARNED, STOP or MUTE for each segment
     "What becomes of each segment in training"
+    if loss_on=='response' and not flags:
+        return [STOP if s.learn and s.stop else LEARNED if s.learn else READ for s in segments]
     last = max((s.turn for s in segments if s.role=='assistant'), default=None)
     def kind(s):
         flag = flags.get(s.turn) if s.learn or s.stop or not s.control else None
@@ -174,6 +98,8 @@ class Row:
     where:str = 'record' # Address for messages
     has_input:bool = False # Is there an input, which stands after its instruction?
     n_after:int = 0 # Messages after the last answer, which are in no segment
+    across:tuple = () # Of each border inside a token of the whole text, what the row has not
+    n_lost:int = 0 # Thoughts that the template leaves out
 
     def __len__(self): return sum(map(len, self.ids))
 
@@ -193,16 +119,26 @@ class Row:
 def _with_start(rendered, tokenizer):
     "`rendered` with the tokenizer's start token in front, where no chat template has decided about it"
     if not (rendered.bare and tokenizer.start): return rendered
-    return replace(rendered, segments=(Segment(tokenizer.start), *rendered.segments))
+    segments = Segment(tokenizer.start), *rendered.segments
+    n_asked = rendered.n_asked and rendered.n_asked + 1
+    return replace(rendered, segments=segments, n_asked=n_asked)
 
 # %% ../nbs/01c_rows.ipynb #7352ae37
-def _make_row(record, rendered, ids, loss_on):
+def _make_row(record, rendered, encoded, loss_on):
     "The `Row` of a record from the ids of its segments"
     flags = {i: m.learn for i, m in enumerate(record.messages) if m.learn is not None}
     kinds = segment_kinds(rendered.segments, flags, loss_on)
     from_the_end = [m.role for m in reversed(record.messages)]
     n_after = from_the_end.index('assistant')
-    return Row(rendered.segments, tuple(ids), tuple(kinds), record.where, bool(record.input), n_after)
+    return Row(rendered.segments, tuple(encoded.ids), tuple(kinds), record.where, bool(record.input),
+               n_after=n_after, across=tuple(encoded.across))
+
+# %% ../nbs/01c_rows.ipynb #83c73727
+def _count_lost(row, record):
+    "The row with the number of thoughts that are in none of its segments"
+    if row.n_after: record = replace(record, messages=record.messages[:-row.n_after])
+    n_lost = lost_thoughts(record.messages, row.segments)
+    return replace(row, n_lost=n_lost) if n_lost else row
 
 # %% ../nbs/01c_rows.ipynb #98f942b7
 def encode_rows(
@@ -216,7 +152,8 @@ def encode_rows(
     records = list(records)
     rendered = [_with_start(render_record(r, template), tokenizer) for r in records]
     encoded = encode_segments(rendered, tokenizer)
-    return [_make_row(*parts, loss_on) for parts in zip(records, rendered, encoded)]
+    rows = [_make_row(*parts, loss_on) for parts in zip(records, rendered, encoded)]
+    return [_count_lost(*pair) for pair in zip(rows, records)]
 
 # %% ../nbs/01c_rows.ipynb #7336cd01
 SPEAKERS = ('frame', 'system', 'user', 'assistant', 'tool') # whose a segment is; 'frame': the template's
@@ -272,7 +209,7 @@ def encode_prompt(
 )->list: # Ids, as they stand before the answer in training
     "The ids a model reads before it answers `record`: `encode_prompt(record, 'alpaca', tokenizer)`"
     rendered = _with_start(render_prompt(record, get_template(template)), tokenizer)
-    return list(chain.from_iterable(encode_segments([rendered], tokenizer)[0]))
+    return list(chain.from_iterable(encode_segments([rendered], tokenizer)[0].ids))
 
 # %% ../nbs/01c_rows.ipynb #5ba98b9f
 OVER_LONG = ('raise', 'drop', 'cut_prompt', 'cut_answer')
@@ -344,7 +281,7 @@ def _token_texts(ids, tokenizer):
     return texts
 
 # %% ../nbs/01c_rows.ipynb #02b0716f
-_ansi = {'read': '90', 'learned': '1;34', 'stop': '30;43', 'mute': '90', 'cut': '9;31'}
+_ansi = {'read': '90', 'learned': '1;34', 'stop': '30;43', 'mute': '90', 'cut': '9;31', 'border': '30;45'}
 _marks = {'learned': '[]', 'stop': '{}', 'cut': '~~'}
 
 
@@ -353,16 +290,24 @@ class TokenView:
     "The tokens of one row, each with what becomes of it"
     tokens:tuple # (id, text, kind) with a kind of `STYLES`
     where:str = 'record' # Shown above the text
+    borders:tuple = () # Number of the token behind each border, and the text of the token it lies in
 
     def runs(self)->list: # (kind, text) of each
-        "Neighbours of one kind joined"
-        groups = groupby(self.tokens, key=lambda token: token[2])
-        return [(kind, ''.join(text for _, text, _ in group)) for kind, group in groups]
+        "Neighbours of one kind joined, and a mark at each border inside a token"
+        inside = dict(self.borders)
+        marked = []
+        for n, (_, text, kind) in enumerate(self.tokens):
+            if n in inside: marked.append(('border', '\u00a6'))
+            marked.append((kind, text))
+        groups = groupby(marked, key=lambda run: run[0])
+        return [(kind, ''.join(text for _, text in group)) for kind, group in groups]
 
     def counts(self)->str: # One line
-        "How many tokens there are of each kind"
+        "How many tokens there are of each kind, and where a border lies inside a token of the whole text"
         n = Counter(kind for _, _, kind in self.tokens)
-        return f'{self.where}: ' + ', '.join(f'{n[kind]} {kind}' for kind in STYLES if n[kind])
+        counted = [f'{n[kind]} {kind}' for kind in STYLES if n[kind]]
+        inside = [f'a border inside {text!r}' for _, text in self.borders]
+        return f'{self.where}: ' + ', '.join(counted + inside)
 
     def plain(self)->str: # [learned], {stop}, ~cut~
         "The view without colours"
@@ -393,6 +338,11 @@ def _token_marks(row, fitted, from_the_front):
         marks += lost + kept if from_the_front else kept + lost
     return marks
 
+# %% ../nbs/01c_rows.ipynb #7eb70faa
+def _borders(row):
+    "Number of the token behind each border inside a token of the whole text, and that token's text"
+    return tuple([(sum(map(len, row.ids[:a.segment])), visible_text(a.text)) for a in row.across])
+
 # %% ../nbs/01c_rows.ipynb #452ad990
 def view_record(
     record:Record, # What to show
@@ -411,4 +361,5 @@ def view_record(
     if reason=='no target': fitted = row # the limit takes nothing away from it
     marks = _token_marks(row, fitted, from_the_front=over_long=='cut_prompt' and not row.has_input)
     ids = list(chain.from_iterable(row.ids))
-    return TokenView(tuple(zip(ids, _token_texts(ids, tokenizer), marks)), record.where)
+    tokens = tuple(zip(ids, _token_texts(ids, tokenizer), marks))
+    return TokenView(tokens, record.where, _borders(row))

@@ -7,7 +7,7 @@ __all__ = ['RunState', 'begin_run', 'make_step', 'save_run', 'resume_run', 'out_
            'take_best', 'train']
 
 # %% ../nbs/05f_run.ipynb #9df8c003
-import os, sys, time
+import os, time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -27,6 +27,7 @@ from .choices import TrainConfig
 from .settings import StepLog, TrainLog, ValLog, describe_run, load_log, log_line, lr_at, step_rows
 from .steps import RunPlan, World, accumulate, block_options, micro_batches, processes, validate
 from .basics import load_json
+from .telling import bars_wanted
 
 # %% ../nbs/05f_run.ipynb #ea134149
 @dataclass
@@ -427,7 +428,7 @@ def train(
 )->TrainLog: # What happened
     "Train as `cfg` says, to float32 weights: `log = train(model, rows, val_rows, TrainConfig(lr=2e-5))`"
     if resume and out is None: raise InputError("train: resume needs the run's folder, got out=None; name it")
-    progress = sys.stderr.isatty() # a bar is for a terminal
+    progress = bars_wanted()
     with processes() as world:
         folder = None if out is None else Path(out)
         plan = RunPlan(model, train_rows, val_rows, cfg or TrainConfig(), folder, hooks, say, world)

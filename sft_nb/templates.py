@@ -52,6 +52,7 @@ class Rendered:
     segments:tuple # The pieces in order
     where:str = 'record' # Address of the record, for error messages
     bare:bool = False # By a text template, which leaves the tokens at both ends to the tokenizer?
+    n_asked:int|None = None # How many of the pieces are the prompt; None: all of them
 
     @property
     def text(self)->str: # What the model reads
@@ -84,7 +85,8 @@ def visible_text(
 # %% ../nbs/01_templates.ipynb #c6d5616a
 STYLES = {'read': 'color:#767676', 'learned': 'color:#0072b2;font-weight:bold',
           'stop': 'background:#e69f00;color:black', 'mute': 'color:#767676',
-          'cut': 'color:#b3261e;text-decoration:line-through'}
+          'cut': 'color:#b3261e;text-decoration:line-through',
+          'border': 'background:#cc79a7;color:black'}
 
 def colored_html(
     pieces:Iterable, # (kind, text) of each, with a kind of `STYLES`
@@ -244,7 +246,7 @@ def render_record(
     prompt = template.prompt(messages[:-1], record)
     asked = ''.join(s.text for s in prompt)
     answer = template.answer(messages, asked, record)
-    return Rendered((*prompt, *answer), record.where, template.bare)
+    return Rendered((*prompt, *answer), record.where, template.bare, len(prompt))
 
 # %% ../nbs/01_templates.ipynb #c8081a86
 def plain_row(
@@ -252,11 +254,13 @@ def plain_row(
     tokenizer:Any, # Any object with `encode`, such as tiktoken's GPT-2
     end_id:int=50256, # Id of the tokenizer's own end token; GPT-2's is 50256
 )->tuple: # Two lists of one length: the ids, and whether the model has to learn each of them
-    "The segments as ids, one after the other: `ids, learn = plain_row(rendered, gpt2)`"
+    "The prompt and its answer as ids: `ids, learn = plain_row(rendered, gpt2)`"
+    n = len(rendered.segments) if rendered.n_asked is None else rendered.n_asked
+    sides = rendered.segments[:n], rendered.segments[n:]
     ids:list[int] = []
     learn:list[bool] = []
-    for segment in rendered.segments:
-        piece = tokenizer.encode(segment.text) if segment.text else [end_id]
-        ids += piece
-        learn += [segment.learn]*len(piece)
+    for side in sides:
+        words = tokenizer.encode(''.join(s.text for s in side))
+        ids += words + [end_id]*any(s.stop and not s.text for s in side)
+        learn += [any(s.learn for s in side)]*(len(ids) - len(learn))
     return ids, learn

@@ -205,7 +205,7 @@ def check_command(second, native, folder):
     rows = [dict(instruction=f'Add {i} and {i+1}.', input='', output=f'{2*i+1}') for i in range(40)]
     (folder/'toy.json').write_text(json.dumps(rows))
     os.chdir(folder)
-    machine._fastest = lambda: 'second'
+    machine._fastest = lambda: second.type
     for name, words in (('whole', ['--dtype', 'float32']), ('lora', ['--lora', '4', '--dtype', 'float32']), ('short', ['--dtype', 'bfloat16'])):
         for device in ('auto', 'cpu'):
             done = main(['run', '--model', 'tiny', '--data', 'toy.json', '--max-new', '4', '--device', device, '--name', f'{name}-{device}', *words])
@@ -213,7 +213,7 @@ def check_command(second, native, folder):
         there, here = (json.loads((folder/f'runs/{name}-{d}/model/sft_nb.json').read_text())['validation_loss'] for d in ('auto', 'cpu'))
         torch.testing.assert_close(there, here, rtol=2e-2 if name == 'short' else 1e-4, atol=0.)
     assert main(['respond', '--model', 'runs/whole-auto/model', '--data', 'toy.json', '--max-new', '4', '--out', 'answers.json']) == 0
-    assert 'aten::_fused_adamw_' in native.reached()
+    if native: assert 'aten::_fused_adamw_' in native.reached()
 
 
 def main(part, library, folder):

@@ -114,3 +114,11 @@ def test_enough_of_them():
     pages = {p.stem for p in PAGES} - {p.stem for p in CHAPTERS} - {'000_tour'}
     asked = pages & set(re.findall(r'\]\(\.\./(\w+)\.ipynb\)', tasks))
     assert 2*len(asked) >= len(pages), f'{len(asked)} of {len(pages)} pages'
+
+
+def test_pages_lead_to_their_exercises():
+    for path in NOTEBOOKS:
+        tasks = ''.join(text(cells['task']) for cells in exercises(path).values())
+        for page in {path.stem} & {p.stem for p in CHAPTERS} | set(re.findall(r'\]\(\.\./(\w+)\.ipynb\)', tasks)):
+            prose = ''.join(text(c) for c in cells_of(FOLDER.parent/f'{page}.ipynb') if c['cell_type'] == 'markdown')
+            assert f'(exercises/{path.name})' in prose, f'{page} does not name exercises/{path.name}'

@@ -1,12 +1,23 @@
 "Files as users have them: columns with other names, keys that nobody reads, leaks, answers a line"
+import csv
 import gzip
 import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
 from sft_nb.basics import InputError
+from sft_nb.columns import FieldBook
+from sft_nb.data import read_record
 from sft_nb.numbers import report_data
-from sft_nb.responses import answer_file, load_meta, load_responses, response_rows, save_responses
+from sft_nb.readers import load_records
+from sft_nb.responses import answer_file, load_meta, load_responses, prompt_and_reference, response_rows, save_responses
 
 PAIRS = [{'instruction': f'Add {i} and {i}.', 'input': '', 'output': f'{2*i}'} for i in range(12)]
 
@@ -43,3 +54,260 @@ def test_a_users_own_ids_come_back_as_they_were(tmp_path, ids):
     assert [row.get('own_id_2', row['id']) for row in answered] == ids
     plain = response_rows([row | {'id': i} for row, i in zip(PAIRS, ids)], ['x']*12)
     assert [row.get('own_id', row['id']) for row in plain] == ids and [type(row.get('own_id', row['id'])) for row in plain] == list(map(type, ids))
+
+
+# columns with other names
+
+NAMES = [('question', 'answer'), ('query', 'response'), ('Question', 'Answer'), ('prompt', 'response'), ('prompt', 'completion'), ('prompt', 'answer'),
+         ('instruction', 'response'), ('instruction', 'answer'), ('Instruction', 'Output'), ('input', 'output'), ('problem', 'solution'),
+         ('user', 'assistant'), ('question', 'output'), ('QUERY', 'Response'), ('inputs', 'target')]
+
+
+@pytest.mark.parametrize('asks, answers', NAMES)
+@pytest.mark.parametrize('kind', ['csv', 'jsonl', 'json', 'data.json', 'parquet'])
+def test_usual_names_are_read_from_every_kind_of_file(tmp_path, asks, answers, kind):
+    rows = [{'id': str(i), asks: f'What is {i}?', answers: f'{i}'} for i in range(4)]
+    path = write_rows(tmp_path/f'a.{kind}', rows)
+    records = load_records(path)
+    assert [(r.instruction, r.output) for r in records] == [(f'What is {i}?', f'{i}') for i in range(4)]
+    assert [r.raw for r in records] == rows                      # the answers are written under the file's own names
+    answered = response_rows(records, ['x']*4)
+    save_responses(tmp_path/'answers.jsonl', records, ['x']*4)
+    assert load_responses(tmp_path/'answers.jsonl') == answered and prompt_and_reference(answered[1]) == ('What is 1?', '1')
+
+
+def write_rows(path, rows):
+    "Rows in the form that the file's name says"
+    if path.name.endswith('.data.json'): path.write_text(json.dumps({'version': '1.0', 'n': len(rows), 'data': rows, 'tags': ['a']}, indent=1))
+    elif path.suffix == '.json': path.write_text(json.dumps(rows))
+    elif path.suffix == '.jsonl': path.write_text(''.join(json.dumps(row)+'\n' for row in rows))
+    elif path.suffix == '.csv':
+        with open(path, 'w', newline='') as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        pyarrow = pytest.importorskip('pyarrow')
+        pytest.importorskip('pyarrow.parquet').write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
+@pytest.mark.parametrize('row', [{'question': 'a', 'query': 'b', 'answer': 'c'}, {'title': 'a', 'body': 'b'}])
+def test_nothing_is_guessed_where_two_columns_could_be_meant(row):
+    with pytest.raises(InputError, match='--rename A=B'): read_record(row)
+
+
+@pytest.mark.parametrize('kind', ['csv', 'jsonl', 'parquet'])
+def test_turns_as_json_text_in_a_column(tmp_path, kind):
+    turns = [{'role': 'user', 'content': 'Weather?', 'time': 1}, {'role': 'assistant', 'content': 'Dry.'}]
+    rows = [{'messages': json.dumps(turns), 'tools': json.dumps([{'type': 'function', 'function': {'name': 'f'}}])}]*2
+    book = FieldBook(carry=('time',))
+    [record, _] = load_records(write_rows(tmp_path/f'a.{kind}', rows), fields=book)
+    assert [m.content for m in record.messages] == ['Weather?', 'Dry.'] and record.tools[0]['function'] == {'name': 'f'}
+    assert book.facts() == {'found': 14, 'read': 12, 'carried': 2, 'reported': 0, 'ignored': {}, 'carried keys': {'messages.time': 2}, 'not read': {}}
+
+
+@pytest.mark.parametrize('text, wanted', [
+    ('{"data": [{"instruction": "a", "output": "b"}], "data2": [{"instruction": "c"}]}', 'holds two lists of records'),
+    ('{"data": [{"instruction": "a", "output": "b"}]} 7', "text after the object's closing bracket"),
+    ('{"data": [{"instruction": "a", "output": "b"} {', 'a comma is missing'), ('{"data": [{"instruction": "a", "out', 'ends in the middle'),
+    ('{"data": []}', 'holds no records')])
+def test_a_wrapped_list_that_is_broken_is_one_line(tmp_path, text, wanted):
+    (tmp_path/'a.json').write_text(text)
+    with pytest.raises(InputError, match=wanted) as e: load_records(tmp_path/'a.json')
+    assert len(str(e.value).splitlines()) == 1
+
+
+# the law of fields
+
+def random_record(chance):
+    "A record of a random format with random keys that nobody reads"
+    extra = {name: chance.choice([None, '', 'x', 7, ['a'], {'b': 1}]) for name in chance.sample(['source', 'note', 'id', 'lang', 'when', 'url'], chance.randrange(4))}
+    turn = {'mood': 'good'} if chance.random() < .5 else {}
+    turns = [{'role': 'user', 'content': 'Hi'} | turn, {'role': 'assistant', 'content': 'Yo', 'weight': 1}]
+    kinds = [{'instruction': 'Hi', 'input': '', 'output': 'Yo'}, {'messages': turns}, {'prompt': 'Hi', 'completion': 'Yo'}, {'question': 'Hi', 'answer': 'Yo'},
+             {'conversations': [{'from': 'human', 'value': 'Hi'} | turn, {'from': 'gpt', 'value': 'Yo'}], 'system': 'Be kind.'}]
+    return chance.choice(kinds) | extra
+
+
+@pytest.mark.parametrize('seed', range(20))
+def test_every_key_has_a_fate_and_the_sums_balance(tmp_path, seed):
+    chance = random.Random(seed)
+    kinds = [random_record(chance) for _ in range(60)]
+    rows = [row for row in kinds if set(row) & set(kinds[0]) & {'instruction', 'messages', 'prompt', 'question', 'conversations'}]
+    rows[0] |= {'source': 'me', 'note': 'mine'}
+    book = FieldBook(carry=('source',), ignore=('note',))
+    records = load_records(write_rows(tmp_path/'a.jsonl', rows), fields=book)
+    found = sum(len(row) for row in rows) + sum(len(turn) for row in rows for turn in row.get('messages', row.get('conversations', [])))
+    facts = book.facts()
+    assert facts['found'] == found == facts['read'] + facts['carried'] + facts['reported']
+    assert facts['carried'] == sum('source' in row for row in rows) and book.ignored == {'note': sum('note' in row for row in rows)}
+    assert [r.raw for r in records] == [{k: v for k, v in row.items() if k != 'note'} for row in rows]
+
+
+@pytest.mark.parametrize('row, wanted', [
+    ({'instruction': 'a', 'output': 'b', 'imput': 'c'}, "did you mean 'input'"), ({'instruction': 'a', 'outptu': 'b'}, "did you mean 'output'"),
+    ({'messages': [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}], 'tool': [{'a': 1}]}, "did you mean 'tools'"),
+    ({'prompt': 'a', 'completon': 'b'}, "did you mean 'completion'")])
+def test_near_misses_are_refused_and_can_be_renamed_carried_or_ignored(tmp_path, row, wanted):
+    key = [k for k in row if k not in ('instruction', 'output', 'messages', 'prompt')][0]
+    path = write_rows(tmp_path/'a.jsonl', [row]*3)
+    with pytest.raises(InputError, match=wanted) as e: load_records(path)
+    assert all(f'--{way} {key}' in str(e.value) for way in ('rename', 'carry', 'ignore'))
+    near = wanted.split("'")[1]
+    if near != 'tools': assert load_records(path, rename={key: near})[0].fmt == load_records(path, need_answer=False, fields=FieldBook(ignore=(key,)))[0].fmt
+    carried = load_records(path, need_answer=False, fields=FieldBook(carry=(key,)))
+    assert carried[0].raw == row and key in load_saved(tmp_path, carried)[0]
+
+
+def load_saved(folder, records):
+    save_responses(folder/'answers.json', records, ['x']*len(records))
+    return load_responses(folder/'answers.json')
+
+
+def test_what_is_read_cannot_only_be_carried_and_absent_keys_are_typing_errors(tmp_path):
+    path = write_rows(tmp_path/'a.jsonl', [{'instruction': 'a', 'input': 'b', 'output': 'c', 'source': 'd'}]*3)
+    with pytest.raises(InputError, match="'input' is read in alpaca records"): load_records(path, fields=FieldBook(carry=('input',)))
+    assert load_records(path, fields=FieldBook(ignore=('input',)))[0].input == ''
+    with pytest.raises(InputError, match="'sorce' of carry; did you mean 'source'"): load_records(path, fields=FieldBook(carry=('sorce',)))
+    with pytest.raises(InputError, match="'sorce' of ignore; did you mean 'source'"): load_records(path, fields=FieldBook(ignore=('sorce',)))
+
+
+# calls and thoughts that are not whole
+
+def talk(*turns): return {'messages': [{'role': 'user', 'content': 'Hi'}, *turns]}
+
+
+CALL = {'role': 'assistant', 'content': None, 'tool_calls': [{'id': 'c1', 'type': 'function', 'function': {'name': 'f', 'arguments': '{}'}}]}
+TOLD = {'role': 'tool', 'tool_call_id': 'c1', 'content': 'dry'}
+SAID = {'role': 'assistant', 'content': 'Dry.'}
+
+
+@pytest.mark.parametrize('raw, wanted', [
+    (talk(CALL, SAID), "the call of 'f' has no result"), (talk(CALL, {'role': 'user', 'content': 'And?'}, SAID), "the call of 'f' has no result"),
+    (talk(CALL, TOLD | {'tool_call_id': 'c2'}, SAID), "the call of 'f' has no result of its tool_call_id"),
+    (talk(CALL, TOLD, TOLD | {'tool_call_id': 'c9'}, SAID), "names call 'c9', which nobody made"),
+    (talk({'role': 'assistant', 'content': '<think>I wonder'}), 'the think block never closes'),
+    (talk({'role': 'assistant', 'content': '\n<think>\nI wonder\nSunny.'}, {'role': 'user', 'content': 'And?'}, SAID), 'the think block never closes'),
+    ({'instruction': 'Hi', 'output': '<think>I wonder'}, 'the think block never closes')])
+def test_half_a_call_and_half_a_thought_are_refused(raw, wanted):
+    with pytest.raises(InputError, match=wanted): read_record(raw)
+
+
+@pytest.mark.parametrize('raw', [talk(CALL), talk(CALL, TOLD), talk(CALL, TOLD, SAID), talk(CALL, CALL, TOLD, SAID), talk(CALL, TOLD, CALL, TOLD, SAID),
+                                 talk({'role': 'assistant', 'content': 'The mark <think> opens.'}), talk({'role': 'assistant', 'content': '<think></think>Dry.'})])
+def test_whole_calls_and_thoughts_are_read(raw): assert len(read_record(raw).messages) == len(raw['messages'])
+
+
+# the command line
+
+TINY = dict(model_type='gpt2', architectures=['GPT2LMHeadModel'], vocab_size=50257, n_embd=16, n_layer=1, n_head=2, n_positions=256)
+
+
+@pytest.fixture(scope='module')
+def home(tmp_path_factory):
+    "A folder with a tiny random model"
+    import torch
+
+    from sft_nb.decoder import Decoder
+    from sft_nb.families import config_from_hf
+    from sft_nb.saving import save_model
+    from sft_nb.tokenizer import get_gpt2_tokenizer
+    path = tmp_path_factory.mktemp('home')
+    torch.manual_seed(7)
+    save_model(path/'tiny', Decoder(config_from_hf(TINY)), get_gpt2_tokenizer())
+    return path
+
+
+def sft_nb(*words, cwd, **more):
+    env = dict(os.environ, PYTHONPATH=str(Path(__file__).resolve().parent.parent), OMP_NUM_THREADS='1') | more
+    return subprocess.run([sys.executable, '-m', 'sft_nb.cli', *map(str, words)], cwd=cwd, env=env, capture_output=True, timeout=300)
+
+
+FAST = '--model', 'tiny', '--dtype', 'float32', '--no-preflight'
+
+
+def test_what_the_template_refuses_is_dropped_and_counted(home):
+    rows = [{'messages': [{'role': 'user', 'content': f'q{i}'}, {'role': 'assistant', 'content': 'a'}], 'source': 'me'} for i in range(30)]
+    for i in 5, 27: rows[i]['messages'].insert(0, {'role': 'system', 'content': 'Be short.'})
+    write_rows(home/'polite.jsonl', rows)
+    words = '--data', 'polite.jsonl', '--template', 'gemma'
+    assert sft_nb('train', *words, *FAST, '--out', 'no', cwd=home).returncode == 2 and not (home/'no').exists()
+    for command in ('train', 'run'):
+        done = sft_nb(command, *words, *FAST, '--drop-broken', '--carry', 'source', '--out', command, *(['--max-new', '2'] if command == 'run' else []), cwd=home)
+        assert done.returncode == 0, done.stderr
+        assert b'2 records that template gemma refuses' in done.stdout and b'360 fields' not in done.stdout
+        said = json.loads((home/command/'receipt.json').read_text())
+        assert (said['data']['records found'], said['data']['records'], said['data']['dropped']) == (30, 28, 2)
+        assert said['training']['rows_in'] + said['validation']['rows_in'] + 2 == 28
+        assert said['data']['fields'] | {'not read': 0} == {'found': 184, 'read': 154, 'carried': 30, 'reported': 0, 'ignored': {}, 'carried keys': {'source': 30}, 'not read': 0}
+    assert all(row['source'] == 'me' for row in json.loads((home/'run'/'responses.json').read_text()))
+    done = sft_nb('inspect', 'polite.jsonl', *words[2:], '--model', 'tiny', '--drop-broken', '--rows', '0', cwd=home)
+    assert done.returncode == 0 and b'2 records that template gemma refuses' in done.stdout
+
+
+def test_a_set_that_the_template_refuses_whole_is_one_line(home):
+    write_rows(home/'all.jsonl', [{'system': 'Be kind.', 'instruction': f'q{i}', 'output': 'a'} for i in range(20)])
+    done = sft_nb('train', '--data', 'all.jsonl', '--template', 'gemma', '--drop-broken', *FAST, '--out', 'none', cwd=home)
+    assert done.returncode == 2 and b'all 20 were dropped, the first as' in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_leaks_and_empty_answers_are_said_before_and_beside_the_scores(home):
+    rows = [{'instruction': f'Name town {i} of {7*i % 11} and {i*i}.', 'output': '' if i == 3 else f'{i}'} for i in range(40)]
+    for row, i in zip(rows[34:37], (4, 5, 6)): row['instruction'] = rows[i]['instruction']
+    write_rows(home/'leak.jsonl', rows)
+    done = sft_nb('run', '--data', 'leak.jsonl', *FAST, '--max-new', '2', '--out', 'leaky', cwd=home)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.decode()
+    start, end = said.index('3 of 4 test rows stand in training'), said.index('3 of 4 test rows ask almost what a training row asks')
+    assert start < said.index('training  ') < said.index('score ') < end and 'empty answer' in said[:start]
+    report = json.loads((home/'leaky'/'report.json').read_text())
+    assert [note[:16] for note in report['notes']] == ['3 of 4 test rows', '1 answers are em']
+    assert '3 of 4 test rows' in (home/'leaky'/'report.md').read_text() and '3 of 4 test rows' in (home/'leaky'/'report.html').read_text()
+
+
+@pytest.mark.parametrize('n', [1, 9, 10])
+def test_a_first_look_needs_no_split(home, n):
+    write_rows(home/f'few{n}.jsonl', [{'instruction': f'q{i}', 'output': 'a'} for i in range(n)])
+    done = sft_nb('inspect', f'few{n}.jsonl', '--model', 'tiny', cwd=home)
+    assert done.returncode == 0 and f'train {8 if n == 10 else n}, test {int(n == 10)}'.encode() in done.stdout, done.stderr
+
+
+def test_inspect_writes_the_set_without_repeats(home):
+    rows = [{'question': f'Please name all the towns that begin with {chr(97+i)} and lie at a river.', 'answer': f'The town number {i*i*7919}'} for i in range(12)]
+    twice = [row | {'question': row['question'].upper()} for row in rows[:5]]
+    other = [row | {'answer': 'Nobody knows of any.'} for row in rows[:2]]
+    write_rows(home/'twice.jsonl', rows + twice + other)
+    done = sft_nb('inspect', 'twice.jsonl', '--model', 'tiny', '--rows', '0', '--dedupe', 'once.jsonl', cwd=home)
+    assert done.returncode == 0, done.stderr
+    assert [r.raw for r in load_records(home/'once.jsonl')] == rows + other
+    receipt = json.loads((home/'once.jsonl.receipt.json').read_text())
+    assert (receipt['records in'], receipt['records out'], len(receipt['left out'])) == (19, 14, 5)
+    assert [(gone['record'], gone['repeats']) for gone in receipt['left out']] == [(f'twice.jsonl line {13+i}', f'twice.jsonl line {1+i}') for i in range(5)]
+    again = sft_nb('inspect', 'twice.jsonl', '--model', 'tiny', '--dedupe', 'once.jsonl', cwd=home)
+    assert again.returncode == 2 and b'once.jsonl: exists' in again.stderr
+
+
+def test_columns_are_named_on_the_command_line(home):
+    write_rows(home/'odd.csv', [{'frage': f'q{i}', 'antwort': 'a', 'quelle': 'me', 'laune': 'good'} for i in range(20)])
+    words = '--rename', 'frage=instruction', '--rename', 'antwort=output', '--carry', 'quelle', '--ignore', 'laune'
+    done = sft_nb('respond', '--data', 'odd.csv', '--model', 'tiny', '--max-new', '2', '--out', 'odd.jsonl', *words, cwd=home)
+    assert done.returncode == 0, done.stderr
+    assert b'fields found: 80 = 40 read + 20 carried + 20 reported' in done.stdout and b'fields ignored: laune (20)' in done.stdout
+    assert [sorted(row) for row in map(json.loads, (home/'odd.jsonl').read_text().splitlines())] == [['id', 'instruction', 'model_response', 'output', 'quelle']]*20
+    for bad, wanted in (('frage', 'write A=B'), ('fraeg=instruction', "did you mean 'frage'")):
+        done = sft_nb('inspect', 'odd.csv', '--model', 'tiny', '--rename', bad, cwd=home)
+        assert done.returncode == 2 and wanted.encode() in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='there Ctrl-C is no signal')
+@pytest.mark.parametrize('secs', [.6, 1.2, 2.5])
+def test_ctrl_c_while_libraries_load_is_one_line(home, secs):
+    write_rows(home/'few.jsonl', PAIRS)
+    env = dict(os.environ, PYTHONPATH=str(Path(__file__).resolve().parent.parent), OMP_NUM_THREADS='1')
+    words = [sys.executable, '-m', 'sft_nb.cli', 'inspect', 'few.jsonl', '--model', 'tiny']
+    process = subprocess.Popen(words, cwd=home, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    time.sleep(secs)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode in (0, 130) and said.decode() in ('', 'sft_nb: interrupted\n')

@@ -1,5 +1,6 @@
 "Settings: every field has a flag, every flag lands in its field, files and flags agree, and what a run wrote gives the same run."
 import json
+import os
 import subprocess
 import sys
 from dataclasses import fields
@@ -125,3 +126,51 @@ def test_the_parser_needs_no_torch():
     code = "import sys; from sft_nb.cli import _build_parser; _build_parser(); print('torch' in sys.modules, 'httpx' in sys.modules)"
     done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, env={'PYTHONPATH': str(ROOT), 'PATH': ''})
     assert done.stdout.split() == ['False', 'False'], done.stdout + done.stderr
+
+
+def test_each_line_comes_when_it_happens_and_is_kept(home): # noqa: F811
+    "As `sft_nb run | cat` would see it: the first lines are there while the process is still at work"
+    words = ['train', '--data', 'toy.json', '--model', 'tiny', '--epochs', '60', *FAST[:2], '--no-preflight', '--name', 'piped']
+    env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1')
+    env.pop('PYTHONUNBUFFERED', None)
+    process = subprocess.Popen([sys.executable, '-m', 'sft_nb.cli', *words], cwd=home, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    lines = ['']
+    while not lines[-1].startswith('model '): lines.append(process.stdout.readline())
+    assert process.poll() is None and not (home/'runs/piped/model').exists(), lines
+    rest, complaints = process.communicate()
+    assert process.returncode == 0, complaints
+    assert (home/'runs/piped/terminal.log').read_text(encoding='utf-8') == ''.join(lines) + rest
+    again = sft_nb(*words, '--resume', '--quiet', cwd=home)
+    assert (again.returncode, again.stdout, again.stderr) == (0, '', '')
+    assert (home/'runs/piped/terminal.log').read_text(encoding='utf-8').count('training ') == 2
+
+
+def test_json_is_one_object_a_line_and_errors_are_among_them(home): # noqa: F811
+    done = sft_nb('run', '--data', 'toy.json', '--model', 'tiny', '--name', 'told', '--json', *FAST, cwd=home)
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    stages = {t['stage'] for t in told}
+    assert {'data', 'split', 'model', 'rows', 'answers', 'training', 'score', 'verdict', 'report'} <= stages, stages
+    assert next(t for t in told if t['stage'] == 'training')['steps'] == 5 and done.stderr == ''
+    assert [t['text'] for t in told if t['stage'] == 'split'] == ['train 34, test 4, validation 2']
+    done = sft_nb('run', '--data', 'toy.json', '--model', 'tiny', '--name', 'told', '--json', cwd=home)
+    assert done.returncode == 2 and json.loads(done.stdout)['stage'] == 'error'
+
+
+def test_a_dry_run_checks_everything_and_writes_nothing(home): # noqa: F811
+    before = sorted(home.rglob('*'))
+    done = sft_nb('run', '--data', 'toy.json', '--model', 'tiny', '--name', 'dry', '--dry-run', '--epochs', '2', '--no-preflight', cwd=home)
+    assert done.returncode == 0, done.stderr
+    for said in ('memory', 'disk', 'time', 'x 2 epochs = 10 steps', 'nothing was written'): assert said in done.stdout
+    assert sorted(home.rglob('*')) == before
+    assert 'lr must be above 0' in complaint(sft_nb('run', '--dry-run', '--lr', '0', cwd=home))
+
+
+def test_a_shell_completes_options_and_their_values(tmp_path):
+    script = sft_nb('completion', 'bash', cwd=tmp_path)
+    assert script.returncode == 0, script.stderr
+    (tmp_path/'done.sh').write_text(script.stdout)
+    for typed, wanted in (('sft_nb ru', 'run'), ('sft_nb run --patie', '--patience'), ('sft_nb run --schedule w', 'wsd')):
+        code = f"""source done.sh; COMP_WORDS=({typed}); COMP_CWORD={len(typed.split())-1}; COMP_LINE='{typed}'; COMP_POINT=${{#COMP_LINE}}
+        $(complete -p sft_nb | sed 's/.*-F \\([^ ]*\\).*/\\1/') sft_nb {typed.split()[-1]} {typed.split()[-2]}; echo "${{COMPREPLY[@]}}" """
+        done = subprocess.run(['bash', '-c', code], cwd=tmp_path, capture_output=True, text=True)
+        assert wanted in done.stdout.split(), (typed, done.stdout, done.stderr)

@@ -265,14 +265,15 @@ def test_an_answer_of_weight_zero_is_not_learned(name):
     assert not any(s.learn for s in render_record(record_of(turns), get_template(name)).segments)
 
 
-def test_thoughts_are_learned_and_a_forged_one_is_refused():
+def test_empty_thoughts_are_read_and_others_are_learned():
     template = ChatTemplate('thinks', THINKS)
     turns = [{'role': 'user', 'content': 'Q'}, {'role': 'assistant', 'content': 'A'}]
     whole = render_record(record_of(turns), template)
-    assert [s.text for s in whole.segments if s.learn] == ['<think>\n\n</think>\n\n', 'A', '<|im_end|>']
+    assert [s.text for s in whole.segments if s.learn] == ['A', '<|im_end|>'], 'an empty thought is read'
+    assert whole.text.endswith('<think>\n\n</think>\n\nA<|im_end|>\n')
     turns[1]['content'] = '<think>\nhm\n</think>\n\nA'
-    with pytest.raises(InputError, match='turn 1: .* changes other text because of it'):
-        render_record(record_of(turns), template)
+    thinks = render_record(record_of(turns), template)
+    assert [s.text for s in thinks.segments if s.learn] == ['<think>\n', 'hm', '\n</think>\n\n', 'A', '<|im_end|>']
 
 
 @pytest.mark.parametrize('name, source, wanted', [

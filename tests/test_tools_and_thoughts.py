@@ -14,6 +14,8 @@ from sft_nb.data import read_record
 from sft_nb.templates import render_prompt, render_record
 from sft_nb.chat import ChatTemplate
 from sft_nb.tokenizer import JsonTokenizer
+from sft_nb.encoding import EncodePlan, load_or_encode
+from sft_nb.thoughts import lost_thoughts, thought_of
 from sft_nb.sampling import TextPieces, answer_text
 from sft_nb.responses import answer_file, load_responses, save_responses, wanted_of
 from sft_nb.scores import score_responses
@@ -21,7 +23,7 @@ from sft_nb.numbers import load_answers
 from sft_nb.report import write_report
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_records_2026 import KINDS, conversations # noqa: E402
+from test_records_2026 import KINDS, conversations, transformers_text # noqa: E402
 
 MARKS = ['<think>', '</think>', '<tool_call>', '</tool_call>']
 
@@ -101,3 +103,56 @@ def test_calls_and_answers_of_a_file_are_scored(tmp_path):
     written = load_responses(tmp_path/'r.json')
     again = answer_file(tmp_path/'a.json', records, lambda batch: [answers[records.index(r.raw)] for r in batch], {})
     assert again[0]['model_calls'] == written[0]['model_calls']
+
+
+# in our words, how families switch thinking and print it
+_TURNS = """{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\\n' }}{% set said = m.content.split('</think>')[-1].lstrip('\\n') %}
+{%- set thought = m.reasoning_content or (m.content.split('</think>')[0].split('<think>')[-1].strip('\\n') if '</think>' in m.content else '') %}
+{%- if m.role == 'assistant' %}THOUGHT{{ said }}{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}ASK{% endif %}"""
+_SHOWN = "{% if loop.last %}{{ '<think>\\n' ~ thought ~ '\\n</think>\\n\\n' }}{% endif %}"
+_OFF = "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\\n\\n</think>\\n\\n' }}"
+REASONING = {
+    'qwen3': _TURNS.replace('THOUGHT', _SHOWN).replace('ASK', _OFF + '{% endif %}'),
+    'qwen3.5': _TURNS.replace('THOUGHT', _SHOWN).replace('ASK', _OFF + "{% else %}{{ '<think>\\n' }}{% endif %}"),
+    'nemotron3': _TURNS.replace('THOUGHT', "{% if thought %}{{ '<think>\\n' ~ thought ~ '\\n</think>\\n' }}{% else %}{{ '<think></think>' }}{% endif %}").replace(
+        'ASK', "{{ '<think></think>' if enable_thinking is defined and not enable_thinking else '<think>\\n' }}"),
+    'r1': _TURNS.replace('THOUGHT', '').replace('ASK', "{{ '<think>\\n' }}")}
+
+
+@pytest.mark.parametrize('kind', REASONING)
+@pytest.mark.parametrize('inside', [False, True])
+def test_reasoning_templates_ask_as_transformers_and_learn_thought_and_answer(kind, inside):
+    template = ChatTemplate(kind, REASONING[kind], thinking='record')
+    user = {'role': 'user', 'content': 'Name a colour.'}
+    plain = {'role': 'assistant', 'content': 'Red.'}
+    thinks = {'role': 'assistant', 'content': '<think>\nRed is one.\n</think>\n\nRed.'} if inside else plain | {'reasoning_content': 'Red is one.'}
+    for messages, on in ([user, thinks], True), ([user, plain], False), ([user, thinks, user, thinks], True), ([user, thinks, user, plain], False):
+        record = read_record({'messages': messages})
+        switch = {} if kind == 'r1' else {'enable_thinking': on}
+        source = REASONING[kind]
+        for name, value in switch.items(): source = f'{{% set {name} = {str(value).lower()} %}}\n' + source
+        asked = render_prompt(record, template).text
+        assert asked == transformers_text(source, messages[:-1], None, ask=True), (messages, asked)
+        whole = render_record(record, template)
+        assert whole.text.startswith(asked)
+        if kind != 'r1': assert whole.text == transformers_text(source, messages, None), 'else the template leaves the thought out'
+        learned = ''.join(s.text for s in whole.segments if s.learn and s.turn == len(messages)-1)
+        said = take_apart(learned.removesuffix('<|im_end|>'), opened=opens_thought(asked) and on)
+        assert (said.thought, said.answer, learned.endswith('<|im_end|>')) == ('Red is one.' if on else '', 'Red.', True), learned
+        if not on: assert learned == 'Red.<|im_end|>', 'an empty thought is read'
+        lost = sum(bool(thought_of(m)) for m in record.messages[:-1]) if kind != 'nemotron3' else 0 # which prints them all
+        assert lost_thoughts(record.messages, whole.segments) == lost
+    off = ChatTemplate(kind, REASONING[kind], thinking='off')
+    row = render_record(read_record({'messages': [user, thinks]}), off)
+    assert ''.join(s.text for s in row.segments if s.learn) == 'Red.<|im_end|>'
+    assert lost_thoughts(read_record({'messages': [user, thinks]}).messages, row.segments) == 1
+
+
+def test_lost_thoughts_are_on_the_receipt():
+    turns = [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Yo', 'reasoning_content': 'Hm.'}]
+    template = ChatTemplate('qwen3', REASONING['qwen3'], thinking='record')
+    plan = EncodePlan(template, marked_tokenizer())
+    _, receipt = load_or_encode([{'messages': turns*2}, {'messages': turns}], plan)
+    assert receipt.thoughts == {'rows': 1, 'turns': 1, 'where': ['record 0']}
+    assert '1 thoughts are not printed by the template: record 0' in str(receipt)
