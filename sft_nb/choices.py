@@ -211,6 +211,7 @@ class JobConfig:
     train:TrainConfig = field(default_factory=TrainConfig) # How to train
     lora:LoraConfig|None = None # Train adapters and merge them; a number is their rank; None: all weights
     preflight:bool = True # Check what can be known before training
+    minutes:float|None = _ruled(None, above=0) # Fit the number of steps to the speed measured here
     how:Sampling = field(default_factory=Sampling) # How answers are chosen
     until:Stops = field(default_factory=lambda: Stops(128)) # What ends an answer
     answer_seed:int = _ruled(123, least=0) # Decides what is drawn where the temperature is above 0

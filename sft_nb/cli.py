@@ -108,6 +108,18 @@ def _flags(args):
     if folder is not None: given['out'] = folder
     return {n: dict(v) if OPTIONS[n].kind is dict else v for n, v in given.items()}
 
+# %% ../nbs/07a_cli.ipynb #540e8862
+_LENGTHS = 'minutes', 'steps', 'epochs'
+
+
+def _check_length(file, flags):
+    "The settings of a file without lengths that a flag undoes; `InputError` for two flags"
+    given = [name for name in _LENGTHS if name in flags]
+    if len(given)>1:
+        both = ' and '.join(OPTIONS[name].flag for name in given)
+        raise InputError(f'{both}: each says how long the run is; give one of them')
+    return {name: v for name, v in file.items() if not (given and name in _LENGTHS)}
+
 # %% ../nbs/07a_cli.ipynb #3b13b59f
 def choose(
     args:argparse.Namespace, # Parsed options; those that were left out are missing
@@ -116,6 +128,7 @@ def choose(
     path = getattr(args, 'config', None)
     file = read_settings(path) if path else {}
     flags = _flags(args)
+    file = _check_length(file, flags)
     sources = dict.fromkeys(file, str(path)) | {name: OPTIONS[name].flag for name in flags}
     values = file | flags
     if values.get('lora') and 'lr' not in values:
@@ -280,7 +293,7 @@ def _config(args):
     settings = settings_of(make_job(values))
     print(json_text(settings, 4) if args.json else settings_text(settings, sources))
 
-# %% ../nbs/07a_cli.ipynb #0dd97943
+# %% ../nbs/07a_cli.ipynb #0bf5ca2e
 _COMMANDS = {
     'run': (_run, 'data rows model train adapters run answers judge folder',
             'tune, answer before and after, score, report'),
@@ -295,6 +308,7 @@ _COMMANDS = {
                'show every setting and where it comes from')}
 _EXAMPLES = {
     'run': ('run', 'run --data my.json --name mine --epochs 2', 'run --config my.toml --lr 5e-5 --name again',
+            'run --minutes 10 --data my.json',
             'run --lora 16 --lora-alpha 32 --model Qwen/Qwen2.5-0.5B-Instruct',
             'run --config runs/mine/config.json --name the-same'),
     'train': ('train --data my.json --best --patience 3', 'train --data my.json --resume'),

@@ -6,7 +6,7 @@
 __all__ = ['new_folder', 'Job', 'read_data', 'fit_vocabulary', 'open_model', 'prepare', 'row_limit', 'encode_part', 'answer_part',
            'Stopped', 'tune_job', 'run_job', 'plan_job']
 
-# %% ../nbs/07_job.ipynb #d19c48a8
+# %% ../nbs/07_job.ipynb #59d6231d
 import os
 import shutil
 import time
@@ -33,7 +33,7 @@ from .generation import answer_records, check_prompts
 from .settings import TrainLog, load_log
 from .run import out_of_patience, train
 from .watch import plot_losses
-from .preflight import check_run
+from .preflight import check_run, fit_steps, measure_pace
 from .responses import answer_file, load_meta
 from .scores import response_health
 from .judge import judge_file, open_judge
@@ -44,6 +44,7 @@ from .telling import Stage, as_teller
 from .settings import describe_run
 from .telling import bars_wanted
 from .report import judge_lines, score_lines
+from .settings import lr_at
 
 # %% ../nbs/07_job.ipynb #fdc389b5
 def new_folder(
@@ -265,15 +266,33 @@ def _check_decay(job, cfg):
         f'of which {len(job.added)} rows are trained here, got {cfg.train.weight_decay}; '
         'leave it out, or train all weights without --lora')
 
+# %% ../nbs/07_job.ipynb #c7e5c46e
+def _fit_time(job, rows, val_rows, cfg, say):
+    "The choices with a number of steps where minutes were asked for, and the pace that was measured for it"
+    if cfg.minutes is None or cfg.train.steps: return cfg, None
+    kept = Path(cfg.out)/'config.json'
+    held = load_json(kept) if kept.exists() else {}
+    steps = held.get('steps', 0) if held.get('minutes')==cfg.minutes else 0
+    pace = None
+    about = 'as when it began'
+    if not steps:
+        pace = measure_pace(job.loaded.model, rows, val_rows, cfg.train)
+        steps = fit_steps(pace, cfg.minutes, len(rows), cfg.train)
+        about = f'{pace.step:.2g} s a step, {pace.validation:.2g} s a validation'
+    train = replace(cfg.train, steps=steps)
+    rate = lr_at(steps, steps, train)
+    about = f'{steps} steps for {cfg.minutes:g} minutes: {about}; the rate ends at {rate:g}'
+    say(Stage('time', about, steps=steps, minutes=cfg.minutes, last_rate=rate))
+    return replace(cfg, train=train), pace
+
 # %% ../nbs/07_job.ipynb #82552440
 def _check_job(
     job:Job, # What the run works with; with `cfg.lora` its model gets adapters that change nothing yet
     cfg:JobConfig, # All choices
     say:Callable = print, # Where progress goes
-)->tuple[InstructionDataset, InstructionDataset]: # Rows to train on, rows to validate on
+)->tuple[tuple, JobConfig]: # Rows to train and to validate on, and the choices with the steps that fit
     "Encode the rows and look at everything that can be looked at before training, raising `InputError`"
     out = Path(cfg.out)
-    _check_same_run(out, _run_settings(job, cfg))
     rows:Any = encode_part(job, job.split.train, cfg)
     val_rows:Any = encode_part(job, job.split.val, cfg)
     receipt = val_rows.receipt
@@ -283,14 +302,16 @@ def _check_job(
     _check_decay(job, cfg)
     model = job.loaded.model
     if cfg.lora: add_lora(model, replace(cfg.lora, tokens=(*job.added, *cfg.lora.tokens)), cfg.train.seed)
+    cfg, pace = _fit_time(job, rows, val_rows, cfg, say)
+    _check_same_run(out, _run_settings(job, cfg))
     begun = (out/'checkpoints').exists() or (out/'model').exists()
     if cfg.preflight and not begun:
         stops = default_stop_ids(model, job.loaded.tokenizer, job.template)
         found = check_run(model, rows, val_rows, cfg.train, tokenizer=job.loaded.tokenizer,
-                          stop_ids=stops, folder=out)
+                          stop_ids=stops, folder=out, pace=pace)
         say(Stage('preflight', f'\n{found}', outcomes=[asdict(o) for o in found.outcomes]))
         found.raise_if_bad()
-    return rows, val_rows
+    return (rows, val_rows), cfg
 
 # %% ../nbs/07_job.ipynb #f2013cbb
 class Stopped(KeyboardInterrupt):
@@ -354,7 +375,7 @@ def tune_job(
     folder = new_folder(cfg.out, resume=cfg.resume)
     with as_teller(say) as tell:
         job = prepare(cfg, tell)
-        checked = _check_job(job, cfg, tell)
+        checked, cfg = _check_job(job, cfg, tell)
         folder.mkdir(parents=True, exist_ok=True)
         tell.keep_in(folder)
         _train_job(job, checked, cfg, tell)
@@ -370,12 +391,12 @@ def _run_facts(cfg, settings, log, look):
 
 # %% ../nbs/07_job.ipynb #6d1c6266
 def _check_all(cfg, say):
-    "The job of a run and its rows, once everything has been looked at that can be before training"
+    "The job of a run, its rows and its choices, once everything has been looked at that can be"
     judge = cfg.judge
     if judge: open_judge(lambda _: [], judge, cfg.judging.protocol) # is it there?
     job = prepare(cfg, say)
     _check_questions(job, job.split.test)
-    return job, _check_job(job, cfg, say)
+    return job, *_check_job(job, cfg, say)
 
 # %% ../nbs/07_job.ipynb #690f0c61
 def _report(out, cfg, facts):
@@ -395,7 +416,7 @@ def run_job(
     "Train, answer before and after, score, report: `run_job(JobConfig(data='my.json')).headline`"
     out = new_folder(cfg.out, resume=cfg.resume)
     with as_teller(say) as tell:
-        job, checked = _check_all(cfg, tell)
+        job, checked, cfg = _check_all(cfg, tell)
         settings = _run_settings(job, cfg)
         out.mkdir(parents=True, exist_ok=True)
         tell.keep_in(out)
@@ -416,7 +437,7 @@ def plan_job(
     new_folder(cfg.out, resume=cfg.resume)
     say = as_teller(say)
     cfg = replace(cfg, preflight=True)
-    job, (rows, _) = _check_all(cfg, say)
+    job, (rows, _), cfg = _check_all(cfg, say)
     about = describe_run(cfg.train, rows, job.loaded.model)
     say(Stage('plan', f'\n{about}', steps=cfg.train.n_steps(len(rows))))
     say(Stage('dry run', 'nothing was written'))

@@ -78,13 +78,16 @@ def label(path):
     return f'{number} {title_of(path)}' if rest and number[:1].isdigit() else title_of(path)
 
 
+def is_chapter(path): return path.parent == ROOT/'nbs' and CHAPTER.fullmatch(path.stem) is not None
+
+
 def engine_of(chapter): return [p for p in notebooks() if p.stem[:2] == chapter.stem[:2] and p != chapter and p.stem[:3] != '000']
 
 
 def contents():
     "The site's table of contents: (caption, pages); engine pages hang on their chapters"
     top = [p for p in notebooks() if p.stem != 'index']
-    chapters = [p for p in top if CHAPTER.fullmatch(p.stem)]
+    chapters = [p for p in top if is_chapter(p)]
     behind = {q for c in chapters for q in engine_of(c)}
     rest = [p for p in top if p not in behind and p not in chapters]
     named = {name: [(label(p), page_name(p)) for p in pages] for name, pages in {
@@ -100,9 +103,11 @@ def site_notebook(path):
     cells = [c for c in (site_cell(c, page) for c in nb['cells']) if c]
     if page == 'index':
         cells += [markdown_cell(toctree(pages, caption, hidden=True)) for caption, pages in contents().items() if pages]
-    elif CHAPTER.fullmatch(path.stem) and engine_of(path):
+    elif is_chapter(path):
+        tasks = [f'[Its exercises](/{page_name(p)}.ipynb) check themselves.' for p in exercises() if p.stem == path.stem]
         pages = [(label(p), page_name(p)) for p in engine_of(path)]
-        cells.append(markdown_cell('## Behind this chapter\n\nThe engine: what makes it fast, safe and complete.\n\n' + toctree(pages)))
+        says = ' '.join(['The engine makes it fast, safe and complete.'] + tasks)
+        cells.append(markdown_cell(f'## Behind this chapter\n\n{says}\n\n{toctree(pages)}'))
     return nb | {'cells': cells}
 
 

@@ -1,8 +1,10 @@
 "Settings: every field has a flag, every flag lands in its field, files and flags agree, and what a run wrote gives the same run."
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import fields
 
 import pytest
@@ -11,6 +13,7 @@ from test_cli import FAST, ROOT, complaint, home, sft_nb # noqa: F401
 from sft_nb.choices import JobConfig, JudgePlace, Judging, LoraConfig, Patience, Sampling, Stops, TrainConfig
 from sft_nb.cli import _build_parser, choose
 from sft_nb.options import OPTIONS, make_job, read_settings, settings_of, settings_text
+from sft_nb.settings import load_log
 
 CLASSES = TrainConfig, LoraConfig, Sampling, Stops, JudgePlace, Judging, Patience, JobConfig
 PARTS = 'train', 'lora', 'how', 'until', 'judge', 'judging'
@@ -174,3 +177,31 @@ def test_a_shell_completes_options_and_their_values(tmp_path):
         $(complete -p sft_nb | sed 's/.*-F \\([^ ]*\\).*/\\1/') sft_nb {typed.split()[-1]} {typed.split()[-2]}; echo "${{COMPREPLY[@]}}" """
         done = subprocess.run(['bash', '-c', code], cwd=tmp_path, capture_output=True, text=True)
         assert wanted in done.stdout.split(), (typed, done.stdout, done.stderr)
+
+
+def test_a_time_budget_fits_the_steps_and_is_kept(home): # noqa: F811
+    words = ['train', '--data', 'toy.json', '--model', 'tiny', '--minutes', '0.1', *FAST[:2], '--name', 'timed']
+    process = subprocess.Popen([sys.executable, '-m', 'sft_nb.cli', *words], cwd=home, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               env=dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1'))
+    deadline = time.time() + 200
+    while time.time() < deadline and not list((home/'runs/timed').glob('checkpoints/*')): time.sleep(.02)
+    process.send_signal(signal.SIGINT)
+    said, complaints = process.communicate()
+    assert process.returncode == 130, (said, complaints)
+    kept = json.loads((home/'runs/timed/config.json').read_text())
+    assert kept['minutes'] == .1 and kept['steps'] > 5 and f"{kept['steps']} steps for 0.1 minutes" in said, said
+    done = sft_nb(*words, '--resume', cwd=home)
+    assert done.returncode == 0 and f"{kept['steps']} steps for 0.1 minutes: as when it began; the rate ends at 0" in done.stdout, done.stderr
+    log = load_log(home/'runs/timed')
+    assert len(log.steps) == kept['steps'] and log.steps[-1].lr < .02*kept['lr']
+    again = sft_nb('train', '--config', 'runs/timed/config.json', '--name', 'timed-again', cwd=home)
+    assert again.returncode == 0 and len(load_log(home/'runs/timed-again').steps) == kept['steps'], again.stderr
+    assert '--minutes and --steps: each says' in complaint(sft_nb('train', '--minutes', '1', '--steps', '3', cwd=home))
+
+
+@pytest.mark.slow
+def test_three_minutes_are_three_minutes(tmp_path):
+    done = sft_nb('train', '--minutes', '3', '--name', 'timed', cwd=tmp_path, timeout=1200)
+    assert done.returncode == 0, done.stderr
+    log = load_log(tmp_path/'runs/timed')
+    assert 150 < log.secs < 210 and log.steps[-1].lr < 1e-3*log.cfg.lr, (log.secs, log.steps[-1].lr)

@@ -1,6 +1,7 @@
 "The site: its sources hold together (quick); built and read in a browser, nothing is broken, too wide or too pale (--slow)."
 import importlib.util
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -31,8 +32,8 @@ def broken_links(path, folder):
 
 def test_links_of_the_sources_lead_somewhere():
     files = [*notebooks(), *exercises(), *(ROOT/f for f in make_site.PAGES), ROOT/'README.md']
-    from_root = {'index.ipynb', 'README.md', *(Path(f).name for f in make_site.PAGES)}
-    found = {p.name: broken_links(p, ROOT if p.name in from_root else p.parent) for p in files}
+    from_root = [ROOT/f for f in ('nbs/index.ipynb', 'README.md', *make_site.PAGES)]
+    found = {p.relative_to(ROOT).as_posix(): broken_links(p, ROOT if p in from_root else p.parent) for p in files}
     assert len(found) > 60 and {name: links for name, links in found.items() if links} == {}
 
 
@@ -42,11 +43,42 @@ def test_a_broken_link_is_seen(tmp_path):
     assert broken_links(page, tmp_path) == ['nowhere.ipynb']
 
 
+def commands_of(text):
+    "The lines of shell blocks that call this library's command, as lists of words"
+    blocks = re.findall(r'^```sh\n(.*?)^```', text, re.M | re.S)
+    lines = [part for block in blocks for line in block.replace('\\\n', ' ').splitlines() for part in re.split(r'&&|[|;]', line)]
+    words = [re.split(r'\s[<>]', line)[0] for line in lines]
+    return [w[1:] for w in (shlex.split(line, comments=True) for line in words) if w and w[0] == 'sft_nb']
+
+
+def refusals(commands):
+    "Commands that the command line does not know"
+    from sft_nb.cli import _build_parser
+    refused = []
+    for words in commands:
+        try: _build_parser().parse_args(words)
+        except SystemExit: refused.append(words)
+    return refused
+
+
+def test_every_command_that_is_shown_exists(capsys):
+    shown = {path.relative_to(ROOT).as_posix(): commands_of(prose_of(path)) for path in (*notebooks(), *exercises(), ROOT/'README.md')}
+    assert sum(map(len, shown.values())) > 20
+    assert {name: refusals(commands) for name, commands in shown.items() if refusals(commands)} == {}
+    assert refusals(commands_of('```sh\nsft_nb run --no-such x # why\nsft_nb run\nls\n```')) == [['run', '--no-such', 'x']]
+
+
 def test_every_page_is_in_the_contents():
     listed = [page for pages in make_site.contents().values() for _, page in pages]
-    behind = [page_name(p) for c in notebooks() if make_site.CHAPTER.fullmatch(c.stem) for p in make_site.engine_of(c)]
+    behind = [page_name(p) for c in notebooks() if make_site.is_chapter(c) for p in make_site.engine_of(c)]
     pages = [page_name(p) for p in notebooks() + exercises() if p.stem != 'index']
     assert sorted(listed + behind) == sorted([*pages, 'api/index', *make_site.PAGES.values()])
+
+
+def test_chapters_lead_to_their_engine_and_exercises_and_exercises_do_not():
+    last = {folder: make_site.site_notebook(ROOT/f'nbs/{folder}03_collate.ipynb')['cells'][-1]['source'] for folder in ('', 'exercises/')}
+    assert '/exercises/03_collate.ipynb' in last[''] and '03b Loaders </03b_loaders>' in last['']
+    assert 'Behind this chapter' not in last['exercises/']
 
 
 def test_every_public_name_has_an_entry():

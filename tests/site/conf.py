@@ -19,7 +19,7 @@ suppress_warnings = ['mystnb.unknown_mime_type']
 
 nb_execution_mode = 'off' # the outputs are those that the notebooks hold
 nb_merge_streams = True
-nb_code_prompt_show = 'Imports and preparation'
+nb_code_prompt_show = 'Imports and plumbing'
 myst_enable_extensions = ['colon_fence', 'fieldlist']
 myst_url_schemes = ('http', 'https', 'mailto', 'code') # code:NAME leads to the cell that defines NAME
 myst_heading_anchors = 3
