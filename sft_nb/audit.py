@@ -7,11 +7,10 @@ __all__ = ['wrong_rows']
 
 # %% ../nbs/02a_audit.ipynb #a6bef5d5
 import numpy as np
-
 from .basics import InputError
 from .templates import render_record
 from .tokenizer import whole_text
-from .rows import LEARNED, STOP, encode_rows
+from .rows import TARGETS, encode_rows
 from .encoding import stream_records
 from .dataset import InstructionDataset
 
@@ -34,7 +33,7 @@ def _wanted_text(row, record, plan):
     marked = {i for i, m in enumerate(record.messages) if m.learn}
     said = ''
     for segment, kind in zip(row.segments, row.kinds):
-        if kind not in (LEARNED, STOP): continue
+        if kind not in TARGETS: continue
         allowed = plan.loss_on=='all' or segment.role=='assistant' or segment.turn in marked
         if allowed: said += segment.text or end
     return said
@@ -42,8 +41,8 @@ def _wanted_text(row, record, plan):
 # %% ../nbs/02a_audit.ipynb #2da27df2
 def _said_by(rows, n, row, decode):
     "What row `n` of a data set learns, as text"
-    learned = np.isin(rows.kinds(n), (LEARNED, STOP))
-    learned[0] = row.kinds[0] in (LEARNED, STOP) # muted only because nothing predicts it
+    learned = np.isin(rows.kinds(n), TARGETS)
+    learned[0] = row.kinds[0] in TARGETS # muted only because nothing predicts it
     return _learned_text(rows[n].ids, learned, decode)
 
 # %% ../nbs/02a_audit.ipynb #9042e9d4

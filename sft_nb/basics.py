@@ -120,8 +120,9 @@ def _open_file(path):
                                 'write hub:owner/name)') from None
     except (OSError, ValueError) as e: # a ValueError is about a NUL byte in the name
         why = getattr(e, 'strerror', e)
-        raise InputError(f'{name}: cannot be opened, got {why}; check its name and its rights '
-                         '(records that are in memory go to as_records)') from None
+        is_data = str(path).lstrip().startswith(('[', '{'))
+        advice = 'records that are in memory go to as_records' if is_data else 'check its name and its rights'
+        raise InputError(f'{name}: cannot be opened, got {why}; {advice}') from None
 
 # %% ../nbs/00_basics.ipynb #10353c67
 @contextmanager
@@ -227,12 +228,12 @@ def parse_json(
 # %% ../nbs/00_basics.ipynb #faf0e46c
 def write_atomic(
     path:str|Path, # The file to write; its folder is made if need be
-    content:str|bytes, # Its whole content; text is written as UTF-8
+    content:str|bytes, # Its whole content; text as UTF-8, in which bytes of odd file names are escapes
 ):
     "Write a file so that at every moment either the old or the whole new content is there"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = content.encode() if isinstance(content, str) else content
+    data = content.encode(errors='backslashreplace') if isinstance(content, str) else content
     handle, temporary = tempfile.mkstemp(prefix=f'.{path.name}.', dir=path.parent)
     try:
         with os.fdopen(handle, 'wb') as file:

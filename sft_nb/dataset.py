@@ -51,20 +51,20 @@ class InstructionDataset(Dataset):
         over_long:str = 'raise', # One of `OVER_LONG`
         cache:str|Path|None = None, # Folder that keeps the ids for the next start; None: nothing is kept
         no_target:str = 'raise', # 'raise' or 'drop': what to do with a row in which nothing is learned
-    ):
+        span_weights:dict|None = None): # 'reasoning', 'call', 'answer' -> weight in the loss
         read_now = isinstance(data, (str, Path)) and (template is None or str(data)=='-')
         self.data:Any = load_records(str(data)) if read_now else data
         self.tokenizer = as_tokenizer(tokenizer)
         self.receipt:Receipt|None = None
         choices:Any = dict(loss_on=loss_on, max_length=max_length, over_long=over_long, no_target=no_target)
-        if template is None:
+        if template is None: # the scratchpad's way
             _refuse_options(choices | {'prompt_weight': prompt_weight, 'cache': cache})
             self.encoded_texts:Any = _plain_rows(self.data, self.tokenizer)
             return
         check_loss(loss_on, prompt_weight)
-        self.plan = EncodePlan(get_template(template), self.tokenizer, **choices)
+        self.plan = EncodePlan(get_template(template), self.tokenizer, **choices, spans=bool(span_weights))
         arrays, self.receipt = load_or_encode(self.data, self.plan, cache)
-        self.encoded_texts = FlatRows(arrays, prompt_weight, self.data)
+        self.encoded_texts = FlatRows(arrays, prompt_weight, self.data, span_weights)
 
     def __len__(self)->int: return len(self.encoded_texts)
 

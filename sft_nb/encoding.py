@@ -16,16 +16,14 @@ from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from typing import Any
-
 import numpy as np
-
 from .basics import InputError, check_choice, load_json, save_json
 from .data import Record, read_record
 from .readers import iter_records
 from .tokenizer import Tokenizer
 from .rows import (
-    Example, Flat, KINDS, LOSS_ON, OVER_LONG, Row, SPEAKERS, encode_rows, fit_row, flatten_rows,
-    learn_weights)
+    Example, Flat, KINDS, LOSS_ON, OVER_LONG, Row,
+    SPEAKERS, TARGETS, encode_rows, fit_row, flatten_rows, learn_weights)
 
 # %% ../nbs/01d_encoding.ipynb #1a68b6f1
 def _lost()->dict:
@@ -68,7 +66,7 @@ class Receipt:
     @property
     def targets(self)->int: # Tokens, stop tokens included
         "Tokens the model has to learn"
-        return sum(n['learned'] + n['stop'] for n in self.kinds.values())
+        return sum(n[KINDS[k]] for n in self.kinds.values() for k in TARGETS)
 
     def check(self)->'Receipt': # The receipt itself
         "Raise `ValueError` unless the receipt balances"
@@ -184,7 +182,7 @@ def _receipt_text(
     for speaker, counts in r.kinds.items():
         total = sum(counts.values())
         if not total: continue
-        share = (counts['learned'] + counts['stop'])/total
+        share = sum(counts[KINDS[k]] for k in TARGETS)/total
         said = f"{share:>4.0%} learned, {counts['stop']:,} stop tokens"
         lines.append(f'  {speaker:10}{total:>11,} tokens, {said}')
     most = max(r.lengths.values(), default=1)
@@ -203,6 +201,7 @@ class EncodePlan:
     max_length:int|None = None # Most ids a row may have, at least 2; None: no limit
     over_long:str = 'raise' # One of `OVER_LONG`
     no_target:str = 'raise' # 'raise' or 'drop': what to do with a row in which nothing is learned
+    spans:bool = False # Tell thoughts and calls apart from answers?
 
     def __post_init__(self):
         check_choice('loss_on', self.loss_on, LOSS_ON)
@@ -214,10 +213,11 @@ class EncodePlan:
 
     def settings(self)->dict: # Name -> value, for the receipt and the cache
         "Everything that decides the ids, with fingerprints of template and tokenizer"
+        spans = {'spans': True} if self.spans else {}
         return {'template': f'{self.template.name} {self.template.fingerprint[:16]}',
                 'tokenizer': f'{self.tokenizer.name} {self.tokenizer.fingerprint}',
                 'loss_on': self.loss_on, 'max_length': self.max_length,
-                'over_long': self.over_long, 'no_target': self.no_target}
+                'over_long': self.over_long, 'no_target': self.no_target, **spans}
 
 # %% ../nbs/01d_encoding.ipynb #b5735cee
 def _buffer_types(
@@ -299,6 +299,11 @@ def _refuse_rows(receipt, plan):
         raise InputError(f'no row is left of {receipt.rows_in}, dropped: {list(receipt.dropped)}; '
                          'choose other limits')
 
+# %% ../nbs/01d_encoding.ipynb #1a55e58e
+def _encode_part(records, plan):
+    "The rows of some records"
+    return encode_rows(records, plan.template, plan.tokenizer, plan.loss_on, spans=plan.spans)
+
 # %% ../nbs/01d_encoding.ipynb #9d2869e1
 def encode_all(
     records:Iterable[Record], # Any iterable
@@ -312,7 +317,7 @@ def encode_all(
     first = 0 # number of the piece's first record
     while part := list(islice(stream, piece)):
         kept = {}
-        for i, row in enumerate(encode_rows(part, plan.template, plan.tokenizer, plan.loss_on), first):
+        for i, row in enumerate(_encode_part(part, plan), first):
             fitted, reason = fit_row(row, plan.max_length, plan.over_long)
             _book_row(receipt, row, fitted, reason)
             if fitted: kept[i] = fitted
@@ -410,8 +415,10 @@ class FlatRows:
         arrays:dict, # The buffers, by the names of `_buffer_types`
         prompt_weight:float = 0., # Weight of what is only read, from 0 to 1
         data:Any = None, # Where the records are, to name them
+        span_weights:dict|None = None, # As for `learn_weights`
     ):
         self.arrays = arrays
+        self.span_weights = span_weights
         self.prompt_weight = prompt_weight
         self.data = data
 
@@ -433,7 +440,8 @@ class FlatRows:
         i = i % len(self)
         ids = self.arrays['ids'][slice(*self.arrays['starts'][i:i + 2])].astype(np.int32)
         where = _record_place(self.data, int(self.arrays['rows'][i]))
-        return Example(ids, learn_weights(self.kinds(i), self.prompt_weight), where)
+        weights = learn_weights(self.kinds(i), self.prompt_weight, self.span_weights)
+        return Example(ids, weights, where)
 
     def __getstate__(self): return {**vars(self), 'arrays': _as_files(self.arrays)}
 

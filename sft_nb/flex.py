@@ -6,6 +6,7 @@
 __all__ = ['flex_multiple', 'check_trains', 'FlatAttention', 'flat_attention']
 
 # %% ../nbs/04e_flex.ipynb #eb3947da
+import inspect
 import warnings
 from dataclasses import dataclass
 from functools import cache
@@ -88,11 +89,21 @@ def check_trains(
         raise InputError("attention: 'flex' has wrong gradients where it is recomputed and scores are "
                          f"capped, got a cap of {cfg.score_cap}; use 'auto', or no recomputing")
 
+# %% ../nbs/04e_flex.ipynb #6b7e44e3
+def _compile_flex():
+    "Torch's FlexAttention, compiled for each of at most 64 shapes"
+    how = dict(dynamic=False, fullgraph=True)
+    if 'recompile_limit' in inspect.signature(torch.compile).parameters:
+        return torch.compile(flex_attention, recompile_limit=64, **how)
+    from torch import _dynamo # takes a while; older versions of torch have one limit for everything
+    _dynamo.config.recompile_limit = 64
+    return torch.compile(flex_attention, **how)
+
 # %% ../nbs/04e_flex.ipynb #9c4ef7ea
 @cache
 def _flex(compiled):
     "Torch's FlexAttention; `compiled` it refuses a 65th shape rather than turn slow"
-    if compiled: return torch.compile(flex_attention, dynamic=False, fullgraph=True, recompile_limit=64)
+    if compiled: return _compile_flex()
     warnings.filterwarnings('ignore', 'flex_attention called without') # on a CPU it serves comparisons
     return flex_attention
 

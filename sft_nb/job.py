@@ -21,7 +21,7 @@ from .columns import FieldBook
 from .data import Record
 from .readers import default_data_file
 from .machine import choose_device
-from .shelf import get_template, with_thinking
+from .shelf import get_template, richer_template, with_thinking
 from .rows import encode_prompt, missing_tokens
 from .dataset import InstructionDataset
 from .intake import Intake, Look, drop_refused, intake_text
@@ -56,6 +56,8 @@ def new_folder(
 )->Path: # The same, not yet created
     "Check that `path` is free: `FileExistsError` if it is a file, or holds anything and is not resumed"
     path = Path(path)
+    if not os.fsencode(path).decode(errors='replace')==str(path):
+        raise InputError(f'{path}: is no UTF-8, so no model can be saved under it; choose another --out')
     there = next(p for p in (path, *path.absolute().parents) if p.exists())
     if there.is_file(): raise FileExistsError(f'{there}: is a file; choose another --out')
     if not os.access(there, os.W_OK): raise InputError(f'{there}: cannot be written to; choose another --out')
@@ -128,11 +130,14 @@ def fit_vocabulary(
 def open_model(
     cfg:JobConfig, # `model`, `template`, `force_template`, `thinking` and `device` count
     say:Callable = print, # Where progress goes
+    records:Sequence = (), # `Record`s that will be written in the template
 )->tuple[Loaded, Any, tuple]: # The model, the template, and the ids that were added for it
     "Load the model, and settle which template it is asked in"
     device = choose_device(cfg.device)
     loaded = load_model(cfg.model)
     template = _choose_template(loaded, cfg.template, insist=cfg.force_template)
+    own = loaded.source if loaded.template else None
+    if cfg.template is None: template = richer_template(template, records, own, say)
     template = with_thinking(template, cfg.thinking)
     loaded, added = fit_vocabulary(loaded, template, say)
     loaded.model.to(device)
@@ -152,7 +157,7 @@ def prepare(
     intake = read_data(cfg, say=say)
     seed = cfg.split_seed
     if not cfg.drop_broken: split_or_all(intake.records, seed, need_split=need_split) # the quick check
-    loaded, template, added = open_model(cfg, say)
+    loaded, template, added = open_model(cfg, say, intake.records)
     if cfg.drop_broken: say(drop_refused(intake, template, loaded.tokenizer))
     split = split_or_all(intake.records, seed, need_split=need_split)
     look = look_over(split)
@@ -178,7 +183,8 @@ def encode_part(
     "A part of the data as ids, raising `InputError` for rows that cannot be learned"
     return InstructionDataset(
         records, job.loaded.tokenizer, job.template, cfg.loss_on, cfg.prompt_weight,
-        max_length=row_limit(job, cfg), over_long=cfg.over_long, no_target=cfg.no_target)
+        max_length=row_limit(job, cfg), over_long=cfg.over_long, no_target=cfg.no_target,
+        span_weights=cfg.span_weights)
 
 # %% ../nbs/07_job.ipynb #83c29286
 def _check_questions(
@@ -231,7 +237,7 @@ def answer_part(
 
 # %% ../nbs/07_job.ipynb #16fc9bda
 _KEPT = ('split_seed', 'drop_broken', 'loss_on', 'prompt_weight', 'max_length', 'over_long', 'thinking')
-_KEPT_IF_GIVEN = ('rename', 'ignore', 'no_target') # so that folders of earlier versions can be resumed
+_KEPT_IF_GIVEN = ('rename', 'ignore', 'no_target', 'span_weights') # folders of earlier versions lack them
 
 
 def _run_settings(

@@ -13,7 +13,6 @@ from functools import cache
 from pathlib import Path
 from types import UnionType
 from typing import Any
-
 from .basics import InputError, load_json, near_misses, read_text, shorten
 from .choices import (
     JobConfig, JudgePlace, Judging, LoraConfig, Patience, Sampling, Stops, TrainConfig)
@@ -52,7 +51,7 @@ _HOMES = {TrainConfig: ('train', ''), LoraConfig: ('adapters', 'lora_'), Samplin
           Patience: ('judge', 'judge_'), JobConfig: ('data', '')}
 _NAMES = {(LoraConfig, 'rank'): 'lora', (Stops, 'ids'): 'stop_ids', (Stops, 'strings'): 'stop'}
 _GROUPS = {
-    'rows': ('loss_on', 'prompt_weight', 'max_length', 'over_long', 'no_target'),
+    'rows': ('loss_on', 'prompt_weight', 'span_weights', 'max_length', 'over_long', 'no_target'),
     'model': ('model', 'template', 'force_template', 'thinking', 'device'),
     'run': ('preflight', 'minutes', 'logger', 'export'),
     'folder': ('out', 'resume'),

@@ -44,7 +44,7 @@ def _write_weights(folder, model, shard_bytes):
     files = [f'model-{i:05}-of-{n:05}.safetensors' for i in range(1, n + 1)] if n>1 else ['model.safetensors']
     for file, group in zip(files, groups):
         save_file({k: t.detach().cpu().contiguous() for k, t in group.items()}, folder/file, {'format': 'pt'})
-        with open(folder/file, 'rb') as f: os.fsync(f.fileno())
+        with open(folder/file, 'rb+') as f: os.fsync(f.fileno()) # Windows refuses it to who only reads
     total = sum(t.nbytes for group in groups for t in group.values())
     where = {name: file for file, group in zip(files, groups) for name in group}
     listed = dict(metadata=dict(total_size=total), weight_map=where)

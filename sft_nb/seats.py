@@ -255,6 +255,6 @@ def plan_rows(
     if fit<1:
         raise InputError(f'generate: keys and values of one row of {n_slots} tokens take '
                          f'{n_slots*slot_bytes/2**30:.2f} GiB, got a budget of {free/2**30:.2f} GiB; '
-                         'lower max_new or raise memory_gib')
+                         'lower max_new (--max-new) or free memory')
     most = budget.batch_size or (512 if weight.is_cuda else 128)
     return RowPlan(len(prompts), n_prefix, min(fit, most, len(prompts)), n_slots, slot_bytes)

@@ -61,4 +61,4 @@ def split_records(
     if all(parts): return Split(*([records[row] for row in part] for part in parts))
     got = [len(part) for part in parts]
     raise InputError(f'split: a part is empty, got sizes {got}, since too many prompts are alike to be '
-                     'parted; add records or join fewer')
+                     'parted; add records, or split in file order (leave --split-seed out)')

@@ -39,6 +39,7 @@ class Segment:
     role:str = 'frame' # 'system', 'user', 'assistant', or 'frame' for what nobody says
     turn:int = -1 # Index of the message it comes from; -1: the frame
     stop:bool = False # Does it end an answer?
+    span:str = 'answer' # What of an answer it is, where that is told apart: 'reasoning', 'call' or 'answer'
 
     @property
     def kind(self)->str: # 'read', 'learned' or 'stop'
@@ -70,7 +71,9 @@ class Rendered:
     def __repr__(self): return str(self)
 
     def _repr_html_(self):
-        return colored_html([(s.kind, s.text or '(end)') for s in self.segments], self.where)
+        def kind(s): return s.span if s.kind=='learned' and s.span in STYLES else s.kind
+
+        return colored_html([(kind(s), s.text or '(end)') for s in self.segments], self.where)
 
 # %% ../nbs/01_templates.ipynb #bb8f6722
 def visible_text(
@@ -86,7 +89,8 @@ def visible_text(
 STYLES = {'read': 'color:#767676', 'learned': 'color:#0072b2;font-weight:bold',
           'stop': 'background:#e69f00;color:black', 'mute': 'color:#767676',
           'cut': 'color:#b3261e;text-decoration:line-through',
-          'border': 'background:#cc79a7;color:black'}
+          'border': 'background:#cc79a7;color:black',
+          'reasoning': 'color:#009e73;font-weight:bold', 'call': 'color:#cc79a7;font-weight:bold'}
 
 def colored_html(
     pieces:Iterable, # (kind, text) of each, with a kind of `STYLES`

@@ -216,7 +216,7 @@ def _find_end(tok, name, eos):
     "The end token of `tok`, `eos` if that is given; raising `InputError` when there is none"
     known = [t for t in _END_TOKENS if tok.token_to_id(t) is not None] if eos is None else [eos]
     if not known or tok.token_to_id(known[0]) is None:
-        raise InputError(f'tokenizer {name}: it has no end token {eos or _END_TOKENS}; name one with eos=')
+        raise InputError(f'tokenizer {name}: it has no end token {eos or _END_TOKENS}; name an eos_token')
     return known[0]
 
 # %% ../nbs/01b_tokenizer.ipynb #3e57d0f8
@@ -229,7 +229,7 @@ class _JsonCodec(Tokenizer):
         self.pad = pad
         self.content_tokens = content_tokens
         if pad is not None and tok.token_to_id(pad) is None:
-            raise InputError(f'tokenizer {name}: it has no padding token {pad!r}; name another one with pad=')
+            raise InputError(f'tokenizer {name}: it has no padding token {pad!r}; name another pad_token')
         eos_id, pad_id = [tok.token_to_id(t) for t in (self.eos, pad or self.eos)]
         control = _control_tokens(settings, content_tokens) | {self.eos: eos_id}
         super().__init__(name, tok.get_vocab_size(with_added_tokens=True), control, eos_id, pad_id)

@@ -104,10 +104,8 @@ def site_notebook(path):
     if page == 'index':
         cells += [markdown_cell(toctree(pages, caption, hidden=True)) for caption, pages in contents().items() if pages]
     elif is_chapter(path):
-        tasks = [f'[Its exercises](/{page_name(p)}.ipynb) check themselves.' for p in exercises() if p.stem == path.stem]
         pages = [(label(p), page_name(p)) for p in engine_of(path)]
-        says = ' '.join(['The engine makes it fast, safe and complete.'] + tasks)
-        cells.append(markdown_cell(f'## Behind this chapter\n\n{says}\n\n{toctree(pages)}'))
+        cells.append(markdown_cell('## Behind this chapter\n\nThe engine makes it fast, safe and complete.\n\n' + toctree(pages)))
     return nb | {'cells': cells}
 
 

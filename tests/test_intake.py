@@ -1,9 +1,11 @@
 "Files as users have them: columns with other names, keys that nobody reads, leaks, answers a line"
+import ast
 import csv
 import gzip
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +20,8 @@ from sft_nb.data import read_record
 from sft_nb.numbers import report_data
 from sft_nb.readers import load_records
 from sft_nb.responses import answer_file, load_meta, load_responses, prompt_and_reference, response_rows, save_responses
+
+ROOT = Path(__file__).resolve().parent.parent
 
 PAIRS = [{'instruction': f'Add {i} and {i}.', 'input': '', 'output': f'{2*i}'} for i in range(12)]
 
@@ -276,13 +280,13 @@ def test_a_first_look_needs_no_split(home, n):
 def test_inspect_writes_the_set_without_repeats(home):
     rows = [{'question': f'Please name all the towns that begin with {chr(97+i)} and lie at a river.', 'answer': f'The town number {i*i*7919}'} for i in range(12)]
     twice = [row | {'question': row['question'].upper()} for row in rows[:5]]
-    other = [row | {'answer': 'Nobody knows of any.'} for row in rows[:2]]
+    other = [row | {'answer': 'Nobody knows of any.'} for row in rows[:1]]
     write_rows(home/'twice.jsonl', rows + twice + other)
     done = sft_nb('inspect', 'twice.jsonl', '--model', 'tiny', '--rows', '0', '--dedupe', 'once.jsonl', cwd=home)
     assert done.returncode == 0, done.stderr
     assert [r.raw for r in load_records(home/'once.jsonl')] == rows + other
     receipt = json.loads((home/'once.jsonl.receipt.json').read_text())
-    assert (receipt['records in'], receipt['records out'], len(receipt['left out'])) == (19, 14, 5)
+    assert (receipt['records in'], receipt['records out'], len(receipt['left out'])) == (18, 13, 5)
     assert [(gone['record'], gone['repeats']) for gone in receipt['left out']] == [(f'twice.jsonl line {13+i}', f'twice.jsonl line {1+i}') for i in range(5)]
     again = sft_nb('inspect', 'twice.jsonl', '--model', 'tiny', '--dedupe', 'once.jsonl', cwd=home)
     assert again.returncode == 2 and b'once.jsonl: exists' in again.stderr
@@ -311,3 +315,41 @@ def test_ctrl_c_while_libraries_load_is_one_line(home, secs):
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=120)
     assert process.returncode in (0, 130) and said.decode() in ('', 'sft_nb: interrupted\n')
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='elsewhere file names are text')
+def test_names_that_are_no_utf8_are_read_and_reported(home):
+    name, out = (os.fsdecode(raw) for raw in (b'm\xfcller.jsonl', b'm\xfcller.answers.jsonl'))
+    write_rows(home/name, [row | {'instruction': f'Name town {i % 11} of {i % 11}.'} for i, row in enumerate(PAIRS*3)])
+    done = sft_nb('run', '--data', name, *FAST, '--max-new', '2', '--out', 'named', cwd=home, PYTHONIOENCODING='utf-8:strict')
+    assert done.returncode == 0 and 'ller.jsonl' in (home/'named'/'report.md').read_text(), done.stderr
+    assert sft_nb('respond', '--data', name, '--model', 'tiny', '--max-new', '2', '--out', out, cwd=home).returncode == 0
+    assert sft_nb('compare', out, out, '--out', 'odd-report', cwd=home).returncode == 0 and (home/'odd-report'/'report.html').read_text()
+    refused = sft_nb('train', '--data', name, *FAST, '--out', os.fsdecode(b'\xfc'), cwd=home)
+    assert refused.returncode == 2 and b'is no UTF-8' in refused.stderr and len(refused.stderr.splitlines()) == 1
+
+
+# hints that can be followed
+
+def messages():
+    "(file, line, words) of every error that the package raises"
+    for path in sorted((ROOT/'sft_nb').glob('*.py')):
+        for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+            if isinstance(node, ast.Call) and getattr(node.func, 'id', '') in ('InputError', 'CutOffError', 'FileExistsError', 'FileNotFoundError', 'Stage'):
+                yield path.name, node.lineno, ''.join(c.value for c in ast.walk(node) if isinstance(c, ast.Constant) and isinstance(c.value, str))
+
+
+def test_every_flag_that_a_message_names_is_there():
+    helps = ' '.join(sft_nb(command, '--help', cwd=ROOT).stdout.decode() for command in ('run', 'inspect', 'respond', 'judge'))
+    named = {(where, flag) for where, _, words in messages() for flag in re.findall(r'(?<![\w-])--[a-z][a-z-]*[a-z]', words)}
+    assert len(named) > 20 and [pair for pair in sorted(named) if not re.search(rf'{pair[1]}(?![\w-])', helps)] == []
+
+
+PYTHON_ONLY = {'attention.py', 'audit.py', 'collate.py', 'dataset.py', 'kernels.py', 'optimizer.py', 'watch.py', 'stretches.py', 'whole_text.py', 'families.py', 'flex.py'}
+
+
+def test_messages_of_the_command_line_name_no_arguments_of_python():
+    said = [(file, line, word) for file, line, words in messages() for word in re.findall(r'(\w+)=(?![=\w]*\[)', words.rpartition(';')[2])
+            if file not in PYTHON_ONLY and '--' + word.replace('_', '-') not in words]
+    allowed = {('split.py', 'seed'), ('run.py', 'out'), ('steps.py', 'out'), ('data.py', 'A'), ('data.py', 'train'), ('data.py', 'test')}
+    assert [s for s in said if (s[0], s[2]) not in allowed] == []

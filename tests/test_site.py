@@ -43,6 +43,11 @@ def test_a_broken_link_is_seen(tmp_path):
     assert broken_links(page, tmp_path) == ['nowhere.ipynb']
 
 
+def test_the_workflow_builds_the_site_as_the_readme_says():
+    line = next(line for line in (ROOT/'README.md').read_text(encoding='utf-8').splitlines() if line.endswith('tests/make_site.py') and 'pip' in line)
+    assert line in (ROOT/'.github/workflows/site.yml').read_text(encoding='utf-8')
+
+
 def commands_of(text):
     "The lines of shell blocks that call this library's command, as lists of words"
     blocks = re.findall(r'^```sh\n(.*?)^```', text, re.M | re.S)
@@ -75,9 +80,9 @@ def test_every_page_is_in_the_contents():
     assert sorted(listed + behind) == sorted([*pages, 'api/index', *make_site.PAGES.values()])
 
 
-def test_chapters_lead_to_their_engine_and_exercises_and_exercises_do_not():
+def test_chapters_lead_to_their_engine_and_exercises_of_the_same_name_do_not():
     last = {folder: make_site.site_notebook(ROOT/f'nbs/{folder}03_collate.ipynb')['cells'][-1]['source'] for folder in ('', 'exercises/')}
-    assert '/exercises/03_collate.ipynb' in last[''] and '03b Loaders </03b_loaders>' in last['']
+    assert '03b Loaders </03b_loaders>' in last['']
     assert 'Behind this chapter' not in last['exercises/']
 
 

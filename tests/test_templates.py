@@ -128,7 +128,7 @@ def llama2(turns, ask):
     return out
 
 
-FORMATS = {f.__name__: f for f in (chatml, smollm2, phi3, zephyr, llama3, gemma, mistral, llama2)}
+FORMATS = {f.__name__: f for f in (chatml, smollm2, phi3, zephyr, llama3, gemma, mistral, llama2)} | {'hermes': chatml}
 
 
 def test_every_chat_template_has_a_second_description(): assert sorted(FORMATS) == CHAT

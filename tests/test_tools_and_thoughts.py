@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from sft_nb.basics import InputError
@@ -13,7 +14,7 @@ from sft_nb.said import opens_thought, take_apart
 from sft_nb.data import read_record
 from sft_nb.templates import render_prompt, render_record
 from sft_nb.chat import ChatTemplate
-from sft_nb.tokenizer import JsonTokenizer
+from sft_nb.tokenizer import JsonTokenizer, get_gpt2_tokenizer
 from sft_nb.encoding import EncodePlan, load_or_encode
 from sft_nb.thoughts import lost_thoughts, thought_of
 from sft_nb.sampling import TextPieces, answer_text
@@ -21,6 +22,15 @@ from sft_nb.responses import answer_file, load_responses, save_responses, wanted
 from sft_nb.scores import score_responses
 from sft_nb.numbers import load_answers
 from sft_nb.report import write_report
+from sft_nb.choices import JobConfig, Stops, TrainConfig
+from sft_nb.decoder import Decoder
+from sft_nb.families import config_from_hf
+from sft_nb.saving import save_model
+from sft_nb.shelf import get_template, load_template
+from sft_nb.dataset import InstructionDataset
+from sft_nb.options import make_job
+from sft_nb.report import score_lines
+from sft_nb.job import run_job
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_records_2026 import KINDS, conversations, transformers_text # noqa: E402
@@ -156,3 +166,96 @@ def test_lost_thoughts_are_on_the_receipt():
     _, receipt = load_or_encode([{'messages': turns*2}, {'messages': turns}], plan)
     assert receipt.thoughts == {'rows': 1, 'turns': 1, 'where': ['record 0']}
     assert '1 thoughts are not printed by the template: record 0' in str(receipt)
+
+
+# a whole run on records with tools and with thoughts
+
+def tool(name, **types):
+    properties = {key: {'type': kind} for key, kind in types.items()}
+    return {'type': 'function', 'function': {'name': name, 'description': f'The {name} tool', 'parameters': {
+        'type': 'object', 'properties': properties, 'required': list(types)}}}
+
+
+def tool_records(n, seed=5):
+    "Questions that one of three tools answers, some of them without any"
+    chance = random.Random(seed)
+    tools = [tool('weather', town='string', days='integer'), tool('add', a='integer', b='integer'), tool('translate', word='string', language='string')]
+    towns, words, languages = ['Ulm', 'Bonn', 'Kiel', 'Graz', 'Bern'], ['house', 'tree', 'river', 'bread'], ['German', 'French', 'Polish']
+    for i in range(n):
+        town, word, language, (a, b) = chance.choice(towns), chance.choice(words), chance.choice(languages), chance.choices(range(2, 99), k=2)
+        asked, name, arguments = chance.choice([
+            (f'How will the weather be in {town} for {a%7+1} days?', 'weather', {'town': town, 'days': a%7+1}),
+            (f'What is {a} plus {b}?', 'add', {'a': a, 'b': b}), (f'Say {word} in {language}.', 'translate', {'word': word, 'language': language})])
+        turn = {'role': 'assistant', 'content': None, 'tool_calls': [{'type': 'function', 'function': {'name': name, 'arguments': arguments}}]}
+        if i%10 == 9: asked, turn = 'Thank you.', {'role': 'assistant', 'content': 'You are welcome.'}
+        yield {'messages': [{'role': 'user', 'content': asked}, turn], 'tools': tools}
+
+
+def reasoning_records(n, seed=6):
+    "Small sums with a thought in front of the answer, told in both ways"
+    chance = random.Random(seed)
+    for i in range(n):
+        a, b, c = chance.choices(range(1, 20), k=3)
+        thought, answer = f'{a} and {b} make {a+b}. With {c} that is {a+b+c}.', f'The sum is {a+b+c}.'
+        said = {'content': f'<think>\n{thought}\n</think>\n\n{answer}'} if i%2 else {'content': answer, 'reasoning_content': thought}
+        yield {'messages': [{'role': 'user', 'content': f'What is {a} + {b} + {c}?'}, {'role': 'assistant'} | said]}
+
+
+def run_on(records, folder, **more):
+    (folder/'data.jsonl').write_text(''.join(json.dumps(r)+'\n' for r in records))
+    said = []
+    data = run_job(JobConfig(data=folder/'data.jsonl', out=folder/'run', split_seed=1, device='cpu', **more), said.append)
+    return data, load_responses(folder/'run'/'responses.json'), said
+
+
+def check_run_on(data, rows, said):
+    assert any('hermes is used' in line for line in said)
+    assert data.val_after < data.val_before
+    assert {'calls_exact', 'calls_found', 'call_names', 'calls_valid'} <= data.metrics.keys()
+    assert any(line.split()[1].startswith('call') for line in score_lines(data) if line.startswith('score'))
+
+
+def test_a_small_model_runs_on_tools_and_thoughts(tmp_path):
+    torch.manual_seed(3)
+    hf = dict(model_type='gpt2', architectures=['GPT2LMHeadModel'], vocab_size=50257, n_embd=32, n_layer=1, n_head=2, n_positions=512)
+    save_model(tmp_path/'tiny', Decoder(config_from_hf(hf)), get_gpt2_tokenizer())
+    records = [*tool_records(24), *reasoning_records(24)]
+    train = TrainConfig(lr=1e-2, epochs=2, dtype='float32')
+    found = run_on(records, tmp_path, model=tmp_path/'tiny', train=train, until=Stops(8), preflight=False)
+    check_run_on(*found)
+    assert 'calls_exact' in json.loads((tmp_path/'run'/'report.json').read_text())['metrics']
+    assert load_template(tmp_path/'run'/'model').name == 'hermes'
+
+
+@pytest.mark.slow
+def test_the_default_model_learns_to_call_and_to_think(tmp_path):
+    records = [*tool_records(300), *reasoning_records(300)]
+    data, rows, said = run_on(records, tmp_path, train=TrainConfig(lr=2e-4, epochs=1), until=Stops(96))
+    check_run_on(data, rows, said)
+    assert data.metrics['calls_exact'].after > 50 and data.metrics['calls_valid'].after > 80
+    thought = [row for row in rows if row.get('model_thought')]
+    called = [row for row in rows if row.get('model_calls')]
+    assert len(thought) > 15 and len(called) > 10
+    assert all('<think>' not in row['model_answer'] and '<tool_call>' not in row['model_answer'] for row in thought + called)
+    assert all('<think>' in row['model_response'] for row in thought)
+
+
+def test_thought_call_and_answer_weigh_as_they_are_told():
+    tokenizer, template = marked_tokenizer(), ChatTemplate('hermes', get_template('hermes').jinja)
+    records = [r for r in (*tool_records(12), *reasoning_records(6))]
+    plain = InstructionDataset(records, tokenizer, template)
+    weighed = InstructionDataset(records, tokenizer, template, span_weights={'reasoning': .25, 'call': 3})
+    seen = set()
+    for one, other in zip(plain, weighed):
+        assert one.ids.tolist() == other.ids.tolist()
+        assert ((one.learn > 0) == (other.learn > 0)).all()
+        for weight in (.25, 1, 3):
+            text = tokenizer.decode(other.ids[(other.learn == weight) & (one.learn > 0)])
+            if text: seen.add(weight)
+            if weight == .25 and text: assert text.startswith('<think>') and text.rstrip().endswith('</think>'), text
+            if weight == 3 and text: assert text.startswith('<tool_call>') and text.endswith('</tool_call>'), text
+            if weight == 1: assert '<think>' not in text and '<tool_call>' not in text and text.endswith('<|im_end|>'), text
+    assert seen == {.25, 1, 3}
+    assert sum(n['call'] for n in weighed.receipt.kinds.values()) > 0 and weighed.receipt.targets == plain.receipt.targets
+    cfg = make_job({'span_weights': {'reasoning': .5}})
+    assert cfg.span_weights == {'reasoning': .5}
