@@ -232,6 +232,7 @@ class JobConfig:
     how:Sampling = field(default_factory=Sampling) # How answers are chosen
     until:Stops = field(default_factory=lambda: Stops(128)) # What ends an answer
     answer_seed:int = _ruled(123, least=0) # Decides what is drawn where the temperature is above 0
+    export:str|None = None # Also as GGUF: 'f32', 'f16', 'bf16', 'q8_0', 'q5_1', 'q5_0', 'q4_1' or 'q4_0'
     judge:Any = None # A `Server` with a judge; None: no judge
     judging:Judging = field(default_factory=Judging) # How it is asked
 

@@ -279,6 +279,18 @@ def _chat(args):
         print()
         turns.append(Message('assistant', said))
 
+# %% ../nbs/07a_cli.ipynb #630055d6
+def _export(args):
+    "Write a model as one GGUF file, read it back, and compare what both say"
+    from sft_nb.proof import export_model # torch is not for a quick --help
+    from sft_nb.readers import load_records # nor are its neighbours
+    cfg = job_config(args)
+    if None not in (args.source, cfg.model):
+        raise InputError(f'export: two models, got {args.source!r} and --model {cfg.model!r}; give one')
+    records = None if args.held_out is None else load_records(args.held_out)
+    name = cfg.model if args.source is None else args.source
+    export_model(name, args.to, args.kind, records, template=cfg.template)
+
 # %% ../nbs/07a_cli.ipynb #a60275d7
 def _config(args):
     "Show every setting and where it comes from, as a file for --config"
@@ -296,6 +308,7 @@ _COMMANDS = {
     'compare': (_compare, 'judge', 'set two files of answers side by side'),
     'inspect': (_inspect, 'data rows model', 'show what training would see'),
     'chat': (_chat, 'model answers', 'talk to a model'),
+    'export': (_export, 'model', 'write a model as a GGUF file, read it back, compare'),
     'config': (_config, 'data rows model train adapters run answers judge folder',
                'show every setting and where it comes from')}
 _EXAMPLES = {
@@ -310,6 +323,7 @@ _EXAMPLES = {
     'compare': ('compare runs/mine/responses-before.json runs/mine/responses.json --out compared',),
     'inspect': ('inspect my.json --rows 1',),
     'chat': ('chat --model runs/mine/model --temperature 0.7',),
+    'export': ('export runs/mine/model --to mine.gguf --as q8_0',),
     'config': ('config --lora 8 > my.toml', 'config --config my.toml --lr 1e-5')}
 
 # %% ../nbs/07a_cli.ipynb #98f51c63
@@ -335,6 +349,12 @@ def _add_files(commands):
     commands['judge'].add_argument('file', metavar='FILE', help='responses file')
     commands['compare'].add_argument('before', metavar='A', help='responses file of the first model')
     commands['compare'].add_argument('after', metavar='B', help='responses file of the second model')
+    export = commands['export']
+    export.add_argument('source', nargs='?', metavar='MODEL', help='the same as --model')
+    export.add_argument('--to', metavar='FILE', required=True, help='GGUF file to write')
+    kinds = 'f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0 [f16]'
+    export.add_argument('--as', dest='kind', default='f16', metavar='KIND', help=kinds)
+    export.add_argument('--data', dest='held_out', metavar='FILE', help='records to compare on')
     inspect = commands['inspect']
     inspect.add_argument('file', nargs='?', metavar='DATA', help='the same as --data')
     inspect.add_argument('--dedupe', metavar='OUT', help='write the records without near duplicates there')
@@ -404,7 +424,7 @@ def main(
     args = _build_parser().parse_args(argv)
     try:
         if argv is None: _forgive_streams()
-        if argv is None and args.command in ('run', 'train', 'respond'): _use_tcmalloc()
+        if argv is None and args.command in ('run', 'train', 'respond', 'export'): _use_tcmalloc()
         args.do(args)
     except (InputError, OSError) as e: # OSError: no such file, no permission, disk full ...
         if getattr(args, 'json', False): show_json(Stage('error', str(e), status=2))

@@ -24,8 +24,8 @@ from .machine import choose_device
 from .shelf import get_template, richer_template, with_thinking
 from .rows import encode_prompt, missing_tokens
 from .dataset import InstructionDataset
-from .intake import (
-    Intake, Look, drop_refused, intake_text, look_lines, look_notes, look_over, split_or_all, take_in)
+from .intake import Intake, Look, drop_refused, intake_text
+from .intake import look_lines, look_notes, look_over, split_or_all, take_in
 from .loading import Loaded, load_model
 from .saving import resize_vocab, save_model
 from .lora import add_lora, merge_lora
@@ -46,6 +46,8 @@ from .settings import describe_run
 from .telling import bars_wanted
 from .report import judge_lines, score_lines
 from .settings import lr_at
+from .proof import export_run
+from .export import gguf_settings
 
 # %% ../nbs/07_job.ipynb #fdc389b5
 def new_folder(
@@ -403,6 +405,7 @@ def _check_all(cfg, say):
     if judge: open_judge(lambda _: [], judge, cfg.judging.protocol) # is it there?
     job = prepare(cfg, say)
     _check_questions(job, job.split.test)
+    if cfg.export: gguf_settings(job.loaded.cfg, cfg.export, job.loaded.tokenizer, job.template)
     return job, *_check_job(job, cfg, say)
 
 # %% ../nbs/07_job.ipynb #690f0c61
@@ -433,6 +436,8 @@ def run_job(
         data = _report(out, cfg, _run_facts(cfg, settings, log, job.look))
         for line in [*score_lines(data), *judge_lines(data)]: tell(line)
         tell(Stage('report', str(out/'report.html'), path=str(out/'report.html')))
+        job.loaded = None # the file needs its memory
+        if cfg.export: export_run(out, cfg.export, job.split.test, tell)
     return data
 
 # %% ../nbs/07_job.ipynb #37227ad9
