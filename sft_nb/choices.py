@@ -203,6 +203,9 @@ def _check_weights(weights):
                          f'got {span!r}: {weight!r}; change it')
 
 # %% ../nbs/00h_choices.ipynb #62b34b70
+_LOGGERS = '', 'tensorboard', 'wandb'
+
+
 @dataclass(frozen=True)
 class JobConfig:
     "All choices of a run: `JobConfig(data='my.json', out='runs/mine', train=TrainConfig(epochs=2))`"
@@ -227,8 +230,10 @@ class JobConfig:
     device:str = 'auto' # 'cpu', 'cuda', 'cuda:1', 'mps' ...; 'auto': the fastest that is sound
     train:TrainConfig = field(default_factory=TrainConfig) # How to train
     lora:LoraConfig|None = None # Train adapters and merge them; a number is their rank; None: all weights
+    lora_4bit:bool = False # Keep the frozen weights in 4 bits while adapters learn; needs torchao
     preflight:bool = True # Check what can be known before training
     minutes:float|None = _ruled(None, above=0) # Fit the number of steps to the speed measured here
+    logger:str = _ruled('', one_of=_LOGGERS) # 'tensorboard' or 'wandb': where the numbers go
     how:Sampling = field(default_factory=Sampling) # How answers are chosen
     until:Stops = field(default_factory=lambda: Stops(128)) # What ends an answer
     answer_seed:int = _ruled(123, least=0) # Decides what is drawn where the temperature is above 0

@@ -195,7 +195,7 @@ def _respond(args):
 # %% ../nbs/07a_cli.ipynb #8b575f45
 def _judge(args):
     "Have answers scored by another model, after the judge's own exam; with --out, write a report"
-    from sft_nb.job import new_folder # torch is not for a quick --help
+    from sft_nb.telling import new_folder # torch is not for a quick --help
     from sft_nb.report import judge_lines, judge_report # nor is matplotlib
     cfg = job_config(args)
     if cfg.judge is None:
@@ -207,7 +207,7 @@ def _judge(args):
 # %% ../nbs/07a_cli.ipynb #e57ded6b
 def _compare(args):
     "Set two files of answers side by side, with a judge if one is named; with --out, write a report"
-    from sft_nb.job import new_folder # torch is not for a quick --help
+    from sft_nb.telling import new_folder # torch is not for a quick --help
     from sft_nb.report import compare_files, judge_lines, score_lines # nor is matplotlib
     cfg = job_config(args)
     out = args.out and new_folder(args.out)
