@@ -175,7 +175,7 @@ class Patience:
     def __post_init__(self): check_fields(self)
 
 # %% ../nbs/00h_choices.ipynb #b72c7d1e
-_PROTOCOLS = 'levels', 'book'
+_PROTOCOLS = 'levels', 'book', 'pairs'
 _WAYS = 'decision', 'logprobs', 'json', 'text'
 
 @dataclass(frozen=True)

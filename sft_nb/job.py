@@ -289,6 +289,7 @@ def _check_job(
     _check_decay(job, cfg)
     check_logger(cfg.logger)
     model = job.loaded.model
+    if cfg.export: gguf_settings(model.cfg, cfg.export, job.loaded.tokenizer, job.template)
     if cfg.lora_4bit: quantize_base(model)
     if cfg.lora: add_lora(model, replace(cfg.lora, tokens=(*job.added, *cfg.lora.tokens)), cfg.train.seed)
     cfg, pace = _fit_time(job, rows, val_rows, cfg, say)
@@ -383,6 +384,7 @@ def tune_job(
         folder.mkdir(parents=True, exist_ok=True)
         tell.keep_in(folder)
         _train_job(job, checked, cfg, tell)
+        if cfg.export: export_run(folder, cfg.export, job.split.test, tell)
     return folder/'model'
 
 # %% ../nbs/07_job.ipynb #e59edc05
@@ -396,11 +398,9 @@ def _run_facts(cfg, settings, log, look):
 # %% ../nbs/07_job.ipynb #6d1c6266
 def _check_all(cfg, say):
     "The job of a run, its rows and its choices, once everything has been looked at that can be"
-    judge = cfg.judge
-    if judge: open_judge(lambda _: [], judge, cfg.judging.protocol) # is it there?
+    if cfg.judge: open_judge(lambda _: [], cfg.judge, cfg.judging.protocol) # is it there?
     job = prepare(cfg, say)
     _check_questions(job, job.split.test)
-    if cfg.export: gguf_settings(job.loaded.cfg, cfg.export, job.loaded.tokenizer, job.template)
     return job, *_check_job(job, cfg, say)
 
 # %% ../nbs/07_job.ipynb #690f0c61

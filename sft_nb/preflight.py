@@ -239,7 +239,7 @@ def _check_disk(
     checkpoints = 12*n_trained*(cfg.keep_last + 1) + 4*n_trained*cfg.best
     need = (4*n_all + checkpoints)/2**30
     free = shutil.disk_usage(there).free/2**30
-    text = f'{need:.3g} GiB for the model and its checkpoints, {free:.3g} free at {there}'
+    text = f'{need:.3g} GiB for the model and its checkpoints, {free:.3g} free at {folder}'
     if need>free: return Outcome('bad', 'disk', text + '; make room, or choose another folder')
     return Outcome('ok', 'disk', text)
 

@@ -4,9 +4,13 @@ import os
 os.environ.setdefault('HF_HUB_OFFLINE', '1')          # no test may wait for a hub
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
 if 'PYTEST_XDIST_WORKER' in os.environ: os.environ.setdefault('OMP_NUM_THREADS', '1') # one core a worker
+import signal
+
 import pytest
 
 QUICK = {'test_collate', 'test_data', 'test_device', 'test_fetch', 'test_hub', 'test_places', 'test_plain', 'test_records', 'test_scratchpad', 'test_sync', 'test_templates'}
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler) # in the background of a shell
 
 
 def pytest_addoption(parser):

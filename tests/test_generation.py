@@ -336,7 +336,7 @@ def test_memory_stays_in_the_plan():
 import resource, torch
 from sft_nb.model import ModelConfig
 from sft_nb.decoder import Decoder
-from sft_nb.sampling import Stops
+from sft_nb.choices import Stops
 from sft_nb.seats import Budget, plan_rows
 from sft_nb.generation import generate
 torch.set_num_threads(1)
