@@ -269,32 +269,41 @@ def _layout(template, roles, is_prompt):
     return layout if all(whole) else None # a template that cuts a message also cuts its mark
 
 # %% ../nbs/01a_chat.ipynb #5fbc1aa9
-def _as_printed(words, after, text, at):
-    "`words` as they stand at `at` of `text`, with `after` behind: whole or stripped; None if they do not"
-    for form in (words, words.strip(), words.lstrip(), words.rstrip()):
-        if text.startswith(form + after, at): return form
-    return None
+def _as_printed(layout, said, text, at):
+    "The words `said` as they stand in `text` from `at` on, whole or stripped; None if they do not"
+    found = list(said)
+    for s, behind in zip(layout, [*layout[1:], Segment('')]):
+        words = s.text if s.control else said[s.turn]
+        after = behind.text if behind.control else ''
+        forms = [words]
+        if not s.control: forms += [words.strip(), words.lstrip(), words.rstrip()]
+        fits = [form for form in forms if text.startswith(form + after, at)]
+        if not fits: return None
+        words = fits[0]
+        if not s.control: found[s.turn] = words
+        at += len(words)
+    return found if at==len(text) else None
 
 # %% ../nbs/01a_chat.ipynb #7028bef3
 def _fill(printed, asked):
     "Segments by way of the layout, after the prompt `asked` if there is one; None if that is not exact"
     template, messages, text, _, _ = printed
-    layout = _layout(template, tuple([(m.role, m.learn) for m in messages]), asked is None)
-    if layout is None or not text.startswith(asked or ''): return None
+    roles = tuple([(m.role, m.learn) for m in messages])
+    layout = _layout(template, roles, asked is None)
+    front = asked or ''
+    if layout is None or not text.startswith(front): return None
+    said = [m.content for m in messages]
+    joined = ''.join([s.text if s.control else said[s.turn] for s in layout])
+    if front + joined!=text:
+        said = _as_printed(layout, said, text, len(front))
+        if said is None: return None
     filled = []
-    at = len(asked or '')
-    for s, behind in zip(layout, [*layout[1:], Segment('')]):
-        words = s.text
+    for s in layout:
         if not s.control:
-            after = behind.text if behind.control else ''
-            words = _as_printed(messages[s.turn].content, after, text, at)
-            if words is None: return None
-            own = dict(learn=s.learn, role=s.role, turn=s.turn)
-            s = Segment(words, control=False, **own)
-        if not text.startswith(words, at): return None
+            words = said[s.turn]
+            s = Segment(words, control=False, learn=s.learn, role=s.role, turn=s.turn)
         filled.append(s)
-        at += len(words)
-    return filled if at==len(text) else None
+    return filled
 
 # %% ../nbs/01a_chat.ipynb #917c85d5
 def _rich_segments(template, messages, record, asked=None):

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from .basics import InputError, check_fields, rule, shorten
+from .basics import InputError, check_choice, check_fields, rule, shorten
 
 # %% ../nbs/00h_choices.ipynb #d83c3863
 _SCHEDULES = 'cosine', 'linear', 'wsd', 'constant'
@@ -175,16 +175,22 @@ class Patience:
     def __post_init__(self): check_fields(self)
 
 # %% ../nbs/00h_choices.ipynb #b72c7d1e
+_PROTOCOLS = 'levels', 'book'
+_WAYS = 'decision', 'logprobs', 'json', 'text'
+
 @dataclass(frozen=True)
 class Judging:
     "How a file is judged: `Judging(protocol='book', exam=20)`"
     protocol:Any = 'levels' # 'levels' (five, anchored) or 'book' (0 to 100), or a `Protocol`
-    way:str|None = None # 'decision', 'logprobs', 'json' or 'text'; None: the best that works
+    way:str|None = _ruled(None, one_of=_WAYS) # How verdicts are read; None: the best that works
     exam:int = _ruled(40, least=0) # Rows of the judge's exam; 0: no exam
     workers:int|None = _ruled(None, least=1) # Questions at a time; None: 1 on this machine, 8 elsewhere
     retry_failed:bool = False # Ask again what could not be read
 
-    def __post_init__(self): check_fields(self)
+    def __post_init__(self):
+        check_fields(self)
+        named = isinstance(self.protocol, str)
+        if named: check_choice('judge protocol', self.protocol, _PROTOCOLS)
 
 # %% ../nbs/00h_choices.ipynb #11e77d26
 def _check_weights(weights):
@@ -197,6 +203,9 @@ def _check_weights(weights):
                          f'got {span!r}: {weight!r}; change it')
 
 # %% ../nbs/00h_choices.ipynb #62b34b70
+_LOGGERS = '', 'tensorboard', 'wandb'
+
+
 @dataclass(frozen=True)
 class JobConfig:
     "All choices of a run: `JobConfig(data='my.json', out='runs/mine', train=TrainConfig(epochs=2))`"
@@ -221,11 +230,14 @@ class JobConfig:
     device:str = 'auto' # 'cpu', 'cuda', 'cuda:1', 'mps' ...; 'auto': the fastest that is sound
     train:TrainConfig = field(default_factory=TrainConfig) # How to train
     lora:LoraConfig|None = None # Train adapters and merge them; a number is their rank; None: all weights
+    lora_4bit:bool = False # Keep the frozen weights in 4 bits while adapters learn; needs torchao
     preflight:bool = True # Check what can be known before training
     minutes:float|None = _ruled(None, above=0) # Fit the number of steps to the speed measured here
+    logger:str = _ruled('', one_of=_LOGGERS) # 'tensorboard' or 'wandb': where the numbers go
     how:Sampling = field(default_factory=Sampling) # How answers are chosen
     until:Stops = field(default_factory=lambda: Stops(128)) # What ends an answer
     answer_seed:int = _ruled(123, least=0) # Decides what is drawn where the temperature is above 0
+    export:str|None = None # Also as GGUF: 'f32', 'f16', 'bf16', 'q8_0', 'q5_1', 'q5_0', 'q4_1' or 'q4_0'
     judge:Any = None # A `Server` with a judge; None: no judge
     judging:Judging = field(default_factory=Judging) # How it is asked
 

@@ -51,11 +51,14 @@ def _listed(kind, text):
     return [kind(part.strip()) for part in text.split(',') if part.strip()]
 
 # %% ../nbs/07a_cli.ipynb #573ebe5f
-def _renaming(text):
-    "The two names of A=B"
+def _pair(kind, text):
+    "The two sides of A=B, the second of its kind"
     old, _, new = text.partition('=')
-    if old and new: return old, new
-    raise argparse.ArgumentTypeError(f'write A=B, got {text!r}')
+    try:
+        if old and new: return old, kind(new)
+    except ValueError: pass
+    wanted = 'A=B' if kind is str else 'A=B with a number for B'
+    raise argparse.ArgumentTypeError(f'write {wanted}, got {text!r}')
 
 # %% ../nbs/07a_cli.ipynb #335ef60d
 def _typed(option):
@@ -65,7 +68,9 @@ def _typed(option):
     if option.name in _COMMAS:
         kind = _COMMAS[option.name]
         return {'metavar': f'{_SHOWN.get(kind, "NAME")},...', 'type': partial(_listed, kind)}
-    if option.kind is dict: return how | {'action': 'append', 'type': _renaming}
+    if option.kind is dict:
+        kind = float if option.name=='span_weights' else str
+        return how | {'action': 'append', 'type': partial(_pair, kind)}
     if option.kind is tuple: return how | {'action': 'append'}
     return how | {'type': option.kind}
 
@@ -190,7 +195,7 @@ def _respond(args):
 # %% ../nbs/07a_cli.ipynb #8b575f45
 def _judge(args):
     "Have answers scored by another model, after the judge's own exam; with --out, write a report"
-    from sft_nb.job import new_folder # torch is not for a quick --help
+    from sft_nb.telling import new_folder # torch is not for a quick --help
     from sft_nb.report import judge_lines, judge_report # nor is matplotlib
     cfg = job_config(args)
     if cfg.judge is None:
@@ -202,7 +207,7 @@ def _judge(args):
 # %% ../nbs/07a_cli.ipynb #e57ded6b
 def _compare(args):
     "Set two files of answers side by side, with a judge if one is named; with --out, write a report"
-    from sft_nb.job import new_folder # torch is not for a quick --help
+    from sft_nb.telling import new_folder # torch is not for a quick --help
     from sft_nb.report import compare_files, judge_lines, score_lines # nor is matplotlib
     cfg = job_config(args)
     out = args.out and new_folder(args.out)
@@ -274,6 +279,18 @@ def _chat(args):
         print()
         turns.append(Message('assistant', said))
 
+# %% ../nbs/07a_cli.ipynb #630055d6
+def _export(args):
+    "Write a model as one GGUF file, read it back, and compare what both say"
+    from sft_nb.proof import export_model # torch is not for a quick --help
+    from sft_nb.readers import load_records # nor are its neighbours
+    cfg = job_config(args)
+    if None not in (args.source, cfg.model):
+        raise InputError(f'export: two models, got {args.source!r} and --model {cfg.model!r}; give one')
+    records = None if args.held_out is None else load_records(args.held_out)
+    name = cfg.model if args.source is None else args.source
+    export_model(name, args.to, args.kind, records, template=cfg.template)
+
 # %% ../nbs/07a_cli.ipynb #a60275d7
 def _config(args):
     "Show every setting and where it comes from, as a file for --config"
@@ -291,6 +308,7 @@ _COMMANDS = {
     'compare': (_compare, 'judge', 'set two files of answers side by side'),
     'inspect': (_inspect, 'data rows model', 'show what training would see'),
     'chat': (_chat, 'model answers', 'talk to a model'),
+    'export': (_export, 'model', 'write a model as a GGUF file, read it back, compare'),
     'config': (_config, 'data rows model train adapters run answers judge folder',
                'show every setting and where it comes from')}
 _EXAMPLES = {
@@ -305,6 +323,7 @@ _EXAMPLES = {
     'compare': ('compare runs/mine/responses-before.json runs/mine/responses.json --out compared',),
     'inspect': ('inspect my.json --rows 1',),
     'chat': ('chat --model runs/mine/model --temperature 0.7',),
+    'export': ('export runs/mine/model --to mine.gguf --as q8_0',),
     'config': ('config --lora 8 > my.toml', 'config --config my.toml --lr 1e-5')}
 
 # %% ../nbs/07a_cli.ipynb #98f51c63
@@ -330,6 +349,12 @@ def _add_files(commands):
     commands['judge'].add_argument('file', metavar='FILE', help='responses file')
     commands['compare'].add_argument('before', metavar='A', help='responses file of the first model')
     commands['compare'].add_argument('after', metavar='B', help='responses file of the second model')
+    export = commands['export']
+    export.add_argument('source', nargs='?', metavar='MODEL', help='the same as --model')
+    export.add_argument('--to', metavar='FILE', required=True, help='GGUF file to write')
+    kinds = 'f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0 [f16]'
+    export.add_argument('--as', dest='kind', default='f16', metavar='KIND', help=kinds)
+    export.add_argument('--data', dest='held_out', metavar='FILE', help='records to compare on')
     inspect = commands['inspect']
     inspect.add_argument('file', nargs='?', metavar='DATA', help='the same as --data')
     inspect.add_argument('--dedupe', metavar='OUT', help='write the records without near duplicates there')
@@ -399,7 +424,7 @@ def main(
     args = _build_parser().parse_args(argv)
     try:
         if argv is None: _forgive_streams()
-        if argv is None and args.command in ('run', 'train', 'respond'): _use_tcmalloc()
+        if argv is None and args.command in ('run', 'train', 'respond', 'export'): _use_tcmalloc()
         args.do(args)
     except (InputError, OSError) as e: # OSError: no such file, no permission, disk full ...
         if getattr(args, 'json', False): show_json(Stage('error', str(e), status=2))

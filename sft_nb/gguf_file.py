@@ -238,13 +238,13 @@ def _stretch_words(long, short, first, attention_factor=1.):
         attention_factor=attention_factor)
 
 # %% ../nbs/04h_gguf.ipynb #f6d6b679
-def _llama3_words(factors, hf, where):
+def _llama3_words(factors, hf, where, first=8192):
     "`rope_scaling` behind the factors of a Llama 3"
     llama3 = dict(rope_type='llama3', factor=float(factors.max()), low_freq_factor=1., high_freq_factor=4.,
-                  original_max_position_embeddings=8192)
+                  original_max_position_embeddings=first)
     def pace(scaling): return rope_frequencies(config_from_hf(hf | {'rope_scaling': scaling}, where), 1)[0]
     found = torch.allclose(pace(None)/pace(llama3), factors, rtol=1e-3)
-    return llama3 if found else _stretch_words(factors, factors, 8192)
+    return llama3 if found else _stretch_words(factors, factors, first)
 
 # %% ../nbs/04h_gguf.ipynb #abaa0ced
 def _rope_words(read, names, hf, own, where):
@@ -253,7 +253,9 @@ def _rope_words(read, names, hf, own, where):
         first = own('rope.scaling.original_context_length') or 4096
         factors = [read(f'rope_factors_{rows}.weight') for rows in ('long', 'short')]
         return _stretch_words(*factors, first, own('rope.scaling.attn_factor'))
-    if 'rope_freqs.weight' in names: return _llama3_words(read('rope_freqs.weight'), hf, where)
+    if 'rope_freqs.weight' in names:
+        first = own('rope.scaling.original_context_length') or 8192
+        return _llama3_words(read('rope_freqs.weight'), hf, where, first)
     return hf['rope_scaling']
 
 # %% ../nbs/04h_gguf.ipynb #6a19ab25

@@ -146,8 +146,8 @@ def _make_row(record, rendered, encoded, loss_on):
     flags = {i: m.learn for i, m in enumerate(record.messages) if m.learn is not None}
     kinds = segment_kinds(rendered.segments, flags, loss_on)
     if any(s.span!='answer' for s in rendered.segments): kinds = _span_kinds(rendered.segments, kinds)
-    from_the_end = [m.role for m in reversed(record.messages)]
-    n_after = from_the_end.index('assistant')
+    n_after = 0
+    while record.messages[-1 - n_after].role!='assistant': n_after += 1
     return Row(rendered.segments, tuple(encoded.ids), tuple(kinds), record.where, bool(record.input),
                n_after=n_after, across=tuple(encoded.across))
 

@@ -147,9 +147,10 @@ class StretchEncoder:
         self,
         texts:list, # Whole stretches
         around:list, # `before`, `after` and `goes_on` of each, if they matter
-    )->list: # Ids and places of each; both None if they do not help to share
+    )->tuple: # A list with the ids of each, and one with their places; None where it does not help to share
         "What is known of the stretches as wholes"
-        return [(None, None)]*len(texts)
+        nothing = [None]*len(texts)
+        return nothing, nothing
 
     def share(
         self,
@@ -165,8 +166,9 @@ class StretchEncoder:
         stretches:list, # `Stretch`es
     )->list: # For each of them, the ids of each share
         "All `stretches` in one batch"
-        found = self.read([''.join(s.parts) for s in stretches], [s[2:] for s in stretches])
-        return [self.share(s, *own) for s, own in zip(stretches, found)]
+        texts = [''.join(s.parts) for s in stretches]
+        ids, places = self.read(texts, [s[2:] for s in stretches])
+        return [self.share(*read) for read in zip(stretches, ids, places)]
 
 # %% ../nbs/01bb_stretches.ipynb #61b8c2c9
 class FreeEncoder(StretchEncoder):
@@ -186,9 +188,9 @@ class FreeEncoder(StretchEncoder):
         places = [m.start() for m in FIRM.finditer(end)]
         return end[places[-1]:] if places else text
 
-    def read(self, texts:list, around:list)->list: # Ids of each; places do not matter
+    def read(self, texts:list, around:list)->tuple: # The ids of each; places do not matter
         "All `texts` in one batch"
-        return [(ids, None) for ids in self.tokenizer.encode_batch(texts)]
+        return self.tokenizer.encode_batch(texts), [None]*len(texts)
 
     def share(self, stretch:Stretch, ids:list|None, places:Any=None)->list: # The ids of each share
         "Count the tokens of the short parts off from both ends"
@@ -236,15 +238,20 @@ class _Renamed:
         others = {self.tok.token_to_id(a['content']): a['id'] for a in settings['added_tokens']}
         self.others = {mine: i for mine, i in others.items() if mine!=i} # numbers that have moved
 
-    def read(self, text, encoding):
-        "The ids of what stands between the control tokens of `text`, and where in `encoding` they begin"
+    def read(self, texts):
+        "Of each text the ids between its control tokens, their encoding, and where in it they begin"
+        encodings = self.tok.encode_batch(texts, add_special_tokens=False)
+        return [self._inner(*pair) for pair in zip(texts, encodings)]
+
+    def _inner(self, text, encoding):
         ids = encoding.ids
         first = 0
         last = len(ids)
         if text.startswith(_OPEN): first = next(i for i, token in enumerate(ids) if token in self.marks) + 1
         if text.endswith(_CLOSE): last = next(i for i in reversed(range(last)) if ids[i] in self.marks)
         own = ids[first:last]
-        return [self.others.get(i, i) for i in own] if self.others else own, first
+        mine = [self.others.get(i, i) for i in own] if self.others else own
+        return mine, encoding, first
 
 # %% ../nbs/01bb_stretches.ipynb #d561b90b
 def _shares_apart(tokenizer, stretch):
@@ -272,18 +279,18 @@ class PlacedEncoder(StretchEncoder):
         "All of `text`, for nothing says where a vocabulary of this kind cuts"
         return text
 
-    def read(self, texts:list, around:list)->list: # Ids and places of each
+    def read(self, texts:list, around:list)->tuple: # Ids and places of each
         "All `texts`, in one batch those that go on after plain text and in one the others"
         whole = [_marked(a[0]) + whole_text(text) + _marked(a[1]) for text, a in zip(texts, around)]
-        found:list = [(None, None)]*len(texts)
+        found:list = [None]*len(texts)
+        places:list = [None]*len(texts)
         for goes_on, renamed in ((False, self.first), (True, self.later)):
             chosen = [n for n, a in enumerate(around) if a[2]==goes_on and not _RESERVED.search(texts[n])]
-            marked = [whole[n] for n in chosen]
-            encodings = renamed.tok.encode_batch(marked, add_special_tokens=False)
-            for n, encoding in zip(chosen, encodings):
-                ids, first = renamed.read(whole[n], encoding)
-                if self.forbidden.isdisjoint(ids): found[n] = ids, (encoding, first)
-        return found
+            for n, (ids, *place) in zip(chosen, renamed.read([whole[n] for n in chosen])):
+                if not self.forbidden.isdisjoint(ids): continue
+                found[n] = ids
+                places[n] = place
+        return found, places
 
     def share(self, stretch:Stretch, ids:list|None, places:Any=None)->list: # The ids of each share
         "Share the ids out by their places in the text"

@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['Across', 'Encoded', 'encode_segments']
 
-# %% ../nbs/01bc_whole_text.ipynb #e1e68a44
+# %% ../nbs/01bc_whole_text.ipynb #bfc5389a
 import re
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import islice
 from typing import NamedTuple
 from .basics import InputError
 from .templates import Rendered, Segment
@@ -222,13 +221,13 @@ def _stretches(pieces, segments, encoder):
             for piece, stretch in zip(pieces, texts)]
 
 # %% ../nbs/01bc_whole_text.ipynb #a55a5503
-def _shared_out(pieces, segments, found, tokenizer):
-    "The `Encoded` of a text from what was `found` in its stretches"
+def _shared_out(pieces, segments, tokenizer, read):
+    "The `Encoded` of a text from the ids and places that were `read` of its stretches"
     encoder = encoder_of(tokenizer)
     ids:list[list] = [[] for _ in segments]
     across:list[Across] = []
     table:list[list] = [] # the shares of each piece
-    unread = iter(found)
+    unread = zip(*read)
     for piece, stretch in zip(pieces, _stretches(pieces, segments, encoder)):
         shares = piece.shares
         if shares is None: shares = encoder.share(stretch, *next(unread))
@@ -247,7 +246,6 @@ class _Slot(NamedTuple):
     back:str # Words behind it
     front_ids:list # The ids of `front`
     back_ids:list # The ids of `back`
-    around:tuple # `before`, `after` and `goes_on` of the stretch
 
 # %% ../nbs/01bc_whole_text.ipynb #2ef11515
 def _read_slot(piece, pieces, encoder):
@@ -266,7 +264,7 @@ def _read_slot(piece, pieces, encoder):
     front, back = [encoder.encode([side])[0] if side.parts else [] for side in sides]
     texts = [''.join(side.parts) for side in sides]
     ids = _flat(front), _flat(back)
-    slot = _Slot(piece.where[hole], *texts, *ids, stretch[2:])
+    slot = _Slot(piece.where[hole], *texts, *ids)
     return slot, [*front[n_lead:], [], *back]
 
 # %% ../nbs/01bc_whole_text.ipynb #5219694e
@@ -276,35 +274,40 @@ class _Layout(NamedTuple):
     ids:list # For each segment its ids; of a content none
     slots:list|None # A `_Slot` for each content; None if some piece has none
 
+    around:list # What stands around each stretch that has to be read
+
     def wanted(self, segments, encoder):
-        "What has to be read for a text, with what stands around each"
-        if self.slots is not None:
-            return [(s.front + segments[s.i].text + s.back, s.around) for s in self.slots]
+        "The stretches that have to be read for a text, as texts"
+        if self.slots is not None: return [s.front + segments[s.i].text + s.back for s in self.slots]
         stretches = _stretches(self.pieces, segments, encoder)
-        unknown = [s for piece, s in zip(self.pieces, stretches) if piece.shares is None]
-        return [(''.join(s.parts), s[2:]) for s in unknown]
+        return [''.join(s.parts) for piece, s in zip(self.pieces, stretches) if piece.shares is None]
 
 # %% ../nbs/01bc_whole_text.ipynb #a01b6196
 def _lay_out(pieces, n, encoder):
     "The `_Layout` of texts of `n` segments"
     ids:list[list] = [[] for _ in range(n)]
-    slots = []
+    slots:list|None = []
+    around = []
     for piece in pieces:
         shares = piece.shares
         if shares is None:
-            found = _read_slot(piece, pieces, encoder)
-            if found is None: return _Layout(pieces, ids, None)
+            asked = piece.stretch if piece.asked is None else pieces[piece.asked].stretch
+            around.append((asked.before, piece.stretch.after, asked.goes_on))
+            found = slots is not None and _read_slot(piece, pieces, encoder)
+            if not found:
+                slots = None
+                continue
             slot, shares = found
             slots.append(slot)
         for i, share in zip(piece.where, shares): ids[i] = ids[i] + share
-    return _Layout(pieces, ids, slots)
+    return _Layout(pieces, ids, slots, around)
 
 # %% ../nbs/01bc_whole_text.ipynb #53fbbd82
 def _filled(layout, found):
     "The `Encoded` of a text in which the template's words have their own ids; None of another"
     if layout.slots is None: return None
     filled = layout.ids.copy()
-    for (i, _, _, front, back, _), (ids, _) in zip(layout.slots, found):
+    for (i, _, _, front, back), ids in zip(layout.slots, found):
         if ids is None: return None
         begin = len(front)
         end = len(ids) - len(back)
@@ -375,16 +378,22 @@ def _encode_unmarked(texts, tokenizer):
     encoder = encoder_of(tokenizer)
     layout_of = _layouts_of(tokenizer)
     layouts = [layout_of(_shape(segments)) for segments in texts]
-    wanted = [layout.wanted(segments, encoder) for layout, segments in zip(layouts, texts)]
-    everything = _flat(wanted)
-    words = [text for text, _ in everything]
-    around = [own for _, own in everything]
-    found = iter(encoder.read(words, around))
+    wanted:list[str] = []
+    around:list[tuple] = []
+    for layout, segments in zip(layouts, texts):
+        wanted += layout.wanted(segments, encoder)
+        around += layout.around
+    ids, places = encoder.read(wanted, around)
     encoded = []
-    for layout, segments, own in zip(layouts, texts, wanted):
-        read = list(islice(found, len(own)))
-        quick = _filled(layout, read)
-        encoded.append(quick or _shared_out(layout.pieces, segments, read, tokenizer))
+    begin = 0
+    for layout, segments in zip(layouts, texts):
+        end = begin + len(layout.around)
+        own = _filled(layout, ids[begin:end])
+        if own is None:
+            read = ids[begin:end], places[begin:end]
+            own = _shared_out(layout.pieces, segments, tokenizer, read)
+        encoded.append(own)
+        begin = end
     return encoded
 
 # %% ../nbs/01bc_whole_text.ipynb #aeb9771d

@@ -93,7 +93,9 @@ def test_bad_data(home, name, text, said):
     (['--out', 'elsewhere'], 'give one of them'),
     (['--judge-model', 'x'], '--judge-url'),
     (['--judge-url', 'http://127.0.0.1:9/v1', '--judge-model', 'x'], '127.0.0.1:9'),
-    (['--judge-protocol', 'leveles'], 'invalid choice'),
+    (['--judge-url', 'http://127.0.0.1:9/v1', '--judge-protocol', 'leveles'], "did you mean 'levels'"),
+    (['--judge-protocol', 'leveles'], "did you mean 'levels'"),
+    (['--span-weights', 'call=much'], 'call=much'),
     (['--bogus'], 'unrecognized arguments'),
 ])
 def test_bad_options(home, words, said):

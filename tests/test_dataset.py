@@ -83,7 +83,7 @@ def test_gpt2_needs_no_network_and_no_cache(tmp_path):
         def forbidden(*a, **k): raise RuntimeError('network')
         requests.get = forbidden
         import tiktoken_ext.openai_public as public
-        import sft_nb.dataset
+        import sft_nb.tokenizer
         print(tiktoken.get_encoding('gpt2').encode('Every effort'))
         assert tiktoken.registry.ENCODING_CONSTRUCTORS['cl100k_base'] is public.cl100k_base
         import sys; assert 'torch' not in sys.modules

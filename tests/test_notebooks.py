@@ -1,5 +1,6 @@
 "The notebooks are the test suite: each runs from top to bottom, and nothing that looks like a check is left unrun."
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,10 +16,10 @@ CHECK = re.compile(r'^\s*(assert\b|test_\w+\(|with expect_fail|torch\.testing)',
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_runs(path):
-    "A fresh process a notebook, as `nbdev_test` does it, so that no notebook leans on another's state"
-    code = ("import sys; from nbdev.test import test_nb; from pathlib import Path; "
-            f"ok, secs = test_nb(Path({str(path)!r}), skip_flags=['notest'], basepath=Path({str(ROOT)!r})); sys.exit(not ok)")
-    done = subprocess.run([sys.executable, '-c', code], cwd=path.parent, capture_output=True, text=True, timeout=600)
+    "`nbdev_test`, a fresh process a notebook, so that no notebook leans on another's state"
+    command = shutil.which('nbdev_test', path=str(Path(sys.executable).parent))
+    done = subprocess.run([command, '--path', path, '--n_workers', '0'],
+                          cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
 
 

@@ -21,7 +21,7 @@ OTHER = { # values that differ from the default, by option
     'schedule': 'wsd', 'dtype': 'float32', 'attention': 'products', 'loss_on': 'all', 'over_long': 'drop', 'device': 'cpu', 'betas': (.8, .9),
     'judge_protocol': 'book', 'judge_way': 'json', 'judge_api': 'ollama', 'judge_url': 'http://127.0.0.1:9/v1', 'template': 'chatml', 'no_target': 'drop',
     'lora_targets': ('q_proj', 'v_proj'), 'lora_tokens': (5, 7), 'stop_ids': (3, 5), 'stop': ('#', 'a, b'), 'logger': 'tensorboard',
-    'rename': {'question': 'instruction'}}
+    'rename': {'question': 'instruction'}, 'span_weights': {'reasoning': .5, 'call': 2.}}
 BESIDE = { # what an option needs beside itself
     'lora_': ['--lora', '8'], 'top_': ['--temperature', '1'], 'min_p': ['--temperature', '1'], 'judge_': ['--judge-url', 'http://127.0.0.1:9/v1']}
 

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from sft_nb.shelf import get_template
+from sft_nb.shelf import as_jinja, get_template
 from sft_nb import chat
 from sft_nb.data import read_record
 from sft_nb.rows import LEARNED, STOP, encode_prompt, encode_rows
-from sft_nb.templates import render_prompt, render_record
+from sft_nb.templates import TextTemplate, render_prompt, render_record
 from sft_nb.tokenizer import JsonTokenizer, get_gpt2_tokenizer, gpt2_as_json
 
 WORDS = ['Name a colour. Say it in one word.', 'The answer is Red. It is Blue.', 'user assistant system model', 'What is it? Tell me now.', 'USER: ### Response:\n\n',
@@ -140,3 +140,24 @@ def test_twice_the_turns_are_twice_the_work(name, monkeypatch):
         render_record(read_record(dict(messages=turns)), fresh)
         return sum(printed)
     assert work(240, name) <= 4.5*work(60, name) <= 60*50
+
+
+@pytest.mark.parametrize('kind', [k for k, t in KINDS.items() if isinstance(t, JsonTokenizer)])
+@pytest.mark.parametrize('template', TEMPLATES)
+@settings(max_examples=8, deadline=None)
+@given(st.lists(visible, min_size=1, max_size=5).filter(lambda x: len(x)%2))
+def test_the_prompt_is_what_transformers_asks_with(kind, template, said):
+    transformers = pytest.importorskip('transformers')
+    tokenizer, template = KINDS[kind], get_template(template)
+    if isinstance(template, TextTemplate): said, source = said[:1], as_jinja(template, tokenizer.start)
+    else: source = template.jinja
+    turns = [dict(role=('user', 'assistant')[i%2], content=c) for i, c in enumerate(said)]
+    named = dict(getattr(template, 'special', ())) or {'eos_token': tokenizer.eos}
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer.tok, **named)
+    record = read_record(dict(messages=turns), need_answer=False)
+    answered = read_record(dict(messages=[*turns, dict(role='assistant', content='a')]))
+    asked = theirs.apply_chat_template(turns, chat_template=source, add_generation_prompt=True, tokenize=True, return_dict=False)
+    assert encode_prompt(record, template, tokenizer) == encode_prompt(answered, template, tokenizer)
+    if len(turns) == 1: assert encode_prompt(record, template, tokenizer) == asked
+    row = encode_rows([answered], template, tokenizer)[0]
+    if not row.across: assert flat(row)[:len(asked)] == asked

@@ -1,0 +1,143 @@
+"A model goes out as a GGUF file: every family comes back, other readers say the same, and what is wrong leaves no file"
+import json, os, subprocess, sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.testing import assert_close
+
+from sft_nb.basics import InputError
+from sft_nb.data import as_records
+from sft_nb.export import EXPORT_KINDS, gguf_settings, write_gguf
+from sft_nb.families import FAMILIES, hf_tensors
+from sft_nb.gguf_file import open_gguf, read_gguf
+from sft_nb.loading import load_model
+from sft_nb.proof import export_model
+from sft_nb.saving import save_model
+from sft_nb.shelf import get_template
+from sft_nb.tokenizer import JsonTokenizer
+from test_model import V, gguf_model, ids_of, random_model
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def toy_tokenizer(n_words=V-2):
+    "Bytes, as many as there is room for, and an end"
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet(), key=lambda c: (not c.isascii(), c))[:n_words]
+    tok = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tok.add_special_tokens(['<s>', '<e>'])
+    return JsonTokenizer(tok, 'toy', '<e>', config=dict(bos_token='<s>'))
+
+
+RECORDS = as_records([dict(instruction=f'Say {n}.', input='', output=f'It is {n}.') for n in range(4, 10)])
+
+
+def toy_folder(family, tmp_path, **change):
+    "A small model of a family that GGUF can hold, in a folder"
+    hf = gguf_model('gemma3' if family=='gemma3_text' else family, **change)
+    if family=='gpt2': hf.config.activation_function = 'gelu_new'
+    for c in (hf.config, hf.generation_config): c.bos_token_id, c.eos_token_id = V-2, V-1
+    hf.save_pretrained(tmp_path/'hf')
+    model = load_model(tmp_path/'hf').model
+    return save_model(tmp_path/'model', model, toy_tokenizer(), get_template('alpaca')), model
+
+
+@pytest.mark.parametrize('seed', range(4))
+@pytest.mark.parametrize('family', FAMILIES)
+def test_every_family_comes_back(family, seed, tmp_path):
+    "In 32 bits to the last bit, unless a scale of the queries has to go into the weights; or it is refused by name"
+    random_model(family, seed).save_pretrained(tmp_path/'hf')
+    model = load_model(tmp_path/'hf').model
+    try: settings = gguf_settings(model.cfg, 'f32', toy_tokenizer())
+    except InputError as e:
+        assert any(why in str(e) for why in ('activation', 'a head output.weight', 'a bias of', 'rope scaling')), e
+        return
+    write_gguf(tmp_path/'m.gguf', model, settings, 'f32')
+    again = load_model(tmp_path/'m.gguf').model
+    with torch.no_grad(): ours, theirs = model(ids_of(2, 30)), again(ids_of(2, 30))
+    if abs(again.cfg.scale/model.cfg.scale - 1)<1e-6:
+        assert torch.equal(ours, theirs)
+        if not family.startswith('gemma'): # whose norms are stored as 1 + w
+            for (n, p), (m, q) in zip(hf_tensors(model), hf_tensors(again), strict=True): assert n==m and torch.equal(p, q), n
+    else: assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize('family', ['gpt2', 'llama', 'mistral', 'qwen2', 'qwen3', 'phi3', 'gemma', 'gemma2', 'gemma3_text'])
+def test_every_kind_is_proved(family, tmp_path):
+    folder, model = toy_folder(family, tmp_path)
+    for kind in EXPORT_KINDS:
+        proof = export_model(folder, tmp_path/f'{kind}.gguf', kind, RECORDS, n_answers=2, say=str)
+        if kind=='f32': assert (proof.same_best, proof.same_answers)==(1, 2) and proof.largest<1e-5
+        if kind in ('f16', 'bf16'): assert proof.kl<1e-2
+    kept = json.loads((tmp_path/'export.json').read_text())
+    assert sorted(kept)==sorted(f'{k}.gguf' for k in EXPORT_KINDS) and kept['q8_0.gguf']['kl']<.1
+
+
+TAKEN_FOR_GRANTED = { # by the reader in transformers, which does not look for these settings
+    'llama': {}, 'qwen2': {}, 'qwen3': dict(head_dim=128),
+    'gemma2': dict(head_dim=256, query_pre_attn_scalar=256, attn_logit_softcapping=50., final_logit_softcapping=30.),
+    'gemma3_text': dict(head_dim=256, query_pre_attn_scalar=256, sliding_window=512)}
+
+@pytest.mark.parametrize('family', TAKEN_FOR_GRANTED)
+def test_transformers_reads_it(family, tmp_path):
+    "Another reader of GGUF files makes the same model of ours"
+    _, model = toy_folder(family, tmp_path, **TAKEN_FOR_GRANTED[family])
+    write_gguf(tmp_path/'m.gguf', model, gguf_settings(model.cfg, 'f32', toy_tokenizer()), 'f32')
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file='m.gguf', dtype=torch.float32, attn_implementation='eager').eval()
+    with torch.no_grad(): assert_close(theirs(ids_of(2, 20)).logits, model(ids_of(2, 20)), atol=1e-4, rtol=0)
+
+
+def test_the_file_tells_its_origin(tmp_path):
+    _, model = toy_folder('llama', tmp_path)
+    about = dict(name='mine', license='apache-2.0', base='toys/tiny', data='/home/me/my.json')
+    write_gguf(tmp_path/'m.gguf', model, gguf_settings(model.cfg, 'q8_0', toy_tokenizer(), about=about), 'q8_0')
+    get, tensors = open_gguf(tmp_path/'m.gguf')
+    assert [get(f'general.{k}') for k in ('name', 'license', 'base_model.0.name', 'dataset.0.name')]==['mine', 'apache-2.0', 'toys/tiny', 'my.json']
+    assert get('general.file_type')==7 and tensors['blk.0.ffn_up.weight'].tensor_type.name=='Q8_0'
+    assert (read_gguf(tmp_path/'m.gguf').tokenizer.encode('It is 7.'))==toy_tokenizer().encode('It is 7.')
+
+
+def run(*words, limit=None):
+    code = 'import resource, sys\n' + (f'resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n' if limit else '')
+    code += f'from sft_nb.cli import main\nsys.exit(main({list(map(str, words))!r}))'
+    return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=300, env=os.environ | {'PYTHONPATH': str(ROOT)})
+
+
+def test_bad_input_ends_in_one_line(tmp_path):
+    folder, _ = toy_folder('llama', tmp_path)
+    bare = save_model(tmp_path/'bare', load_model(folder).model)
+    (tmp_path/'empty').mkdir()
+    (tmp_path/'there.gguf').write_text('x')
+    before = sorted(p.name for p in tmp_path.iterdir())
+    for words, why in (((folder, '--to', tmp_path/'a.gguf', '--as', 'q8'), "did you mean 'q8_0'"), ((folder, '--to', tmp_path/'there.gguf'), 'exists'),
+                       ((tmp_path/'empty', '--to', tmp_path/'a.gguf'), 'config.json'), ((bare, '--to', tmp_path/'a.gguf'), 'tokenizer'),
+                       ((folder, '--to', tmp_path/'no'/'a.gguf'), 'no such folder')):
+        done = run('export', *words)
+        assert done.returncode==2 and done.stderr.count('\n')==1 and why in done.stderr, (words, done.stderr)
+    full = run('export', folder, '--to', tmp_path/'a.gguf', '--as', 'f32', limit=100_000)
+    assert full.returncode==2 and full.stderr.count('\n')==1, full.stderr
+    assert sorted(p.name for p in tmp_path.iterdir())==before
+
+
+@pytest.mark.slow
+def test_llama_cpp_gives_the_same_answers(tmp_path):
+    "The default model in 16 bits, answered by llama.cpp: ids of prompts and greedy answers"
+    llama = pytest.importorskip('llama_cpp', reason='llama-cpp-python is not installed: pip install llama-cpp-python')
+    export_model(None, tmp_path/'m.gguf', 'f16', n_answers=2, say=str)
+    got = load_model(tmp_path/'m.gguf')
+    theirs = llama.Llama(str(tmp_path/'m.gguf'), n_ctx=512, verbose=False)
+    for question in ('What is the capital of France?', 'Write 3 words that rhyme with "blue".', 'Übersetze: good night'):
+        text = f'<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n'
+        ids = got.tokenizer.encode_control(text)
+        assert theirs.tokenize(text.encode(), add_bos=False, special=True)==ids
+        ours, new = list(ids), []
+        theirs.reset()
+        for i in theirs.generate(ids, temp=0., top_k=1, repeat_penalty=1.):
+            new.append(i)
+            if len(new)==24 or i==theirs.token_eos(): break
+        with torch.no_grad():
+            for _ in new: ours.append(int(got.model(torch.tensor([ours]))[0,-1].argmax()))
+        assert ours[len(ids):]==new, question
