@@ -161,8 +161,8 @@ def check_printed(
 ):
     "Raise `InputError` if the template leaves out a call or the list of tools"
     def lacks(what, place=''):
-        raise InputError(f'{where}{place}: template {name!r} does not print {what}; use the template of '
-                         'a model that was made for it, or take it out')
+        raise InputError(f'{where}{place}: template {name!r} does not print {what}; use a template '
+                         "that was made for it, such as 'hermes', or take it out")
 
     if tools and show(messages, tools)==show(messages, None): lacks("the record's 'tools'")
     for i in range(len(messages)):

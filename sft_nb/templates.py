@@ -161,8 +161,8 @@ def _refuse_more(messages, record, name):
     lost = ['tools'] if record.tools else []
     for m in messages: lost += [key for key in m.more or () if key not in ('name', 'content', 'no_content')]
     if not lost: return
-    raise InputError(f'{record.where}: template {name!r} does not print {lost[0]!r}; use the template of '
-                     'a model that was made for it, or take it out')
+    raise InputError(f'{record.where}: template {name!r} does not print {lost[0]!r}; use a template '
+                     "that was made for it, such as 'hermes', or take it out")
 
 # %% ../nbs/01_templates.ipynb #e9a67ba4
 @dataclass(frozen=True)
