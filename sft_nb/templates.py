@@ -90,7 +90,7 @@ STYLES = {'read': 'color:#767676', 'learned': 'color:#0072b2;font-weight:bold',
           'stop': 'background:#e69f00;color:black', 'mute': 'color:#767676',
           'cut': 'color:#b3261e;text-decoration:line-through',
           'border': 'background:#cc79a7;color:black',
-          'reasoning': 'color:#009e73;font-weight:bold', 'call': 'color:#cc79a7;font-weight:bold'}
+          'reasoning': 'color:#00734f;font-weight:bold', 'call': 'color:#a0457f;font-weight:bold'}
 
 def colored_html(
     pieces:Iterable, # (kind, text) of each, with a kind of `STYLES`
