@@ -181,7 +181,8 @@ def _run(args):
 def _respond(args):
     "Answer the records of a file, or one part of its split; the records need no answers of their own"
     from sft_nb.intake import drop_refused # numpy is not for a quick --help
-    from sft_nb.job import Job, answer_part, open_model, read_data # torch is not for a quick --help
+    from sft_nb.opening import open_model # torch is not for a quick --help
+    from sft_nb.job import Job, answer_part, read_data # likewise
     path = args.out
     file_kind(path)
     cfg = job_config(args)
@@ -258,7 +259,7 @@ def _chat(args):
     from sft_nb.rows import encode_prompt # likewise
     from sft_nb.sampling import default_stop_ids # likewise
     from sft_nb.generation import stream # likewise
-    from sft_nb.job import open_model # likewise
+    from sft_nb.opening import open_model # likewise
     cfg = job_config(args)
     loaded, template, _ = open_model(cfg, say=lambda text: None)
     tokenizer = loaded.tokenizer
