@@ -170,7 +170,7 @@ def _write_head(
     if plan.folder is None: return
     settings = asdict(plan.cfg)
     config = plan.folder/'config.json'
-    held = load_json(config) if config.exists() else {} # what a job wrote beside it stays
+    held = load_json(config) if config.is_file() else {} # what a job wrote beside it stays
     head = dict(kind='run', cfg=settings, dtype=state.log.dtype, n_rows=state.log.n_rows)
     entries = sorted(state.log.steps+state.log.vals, key=lambda e: (e.step, isinstance(e, ValLog)))
     with _writing(plan.folder):

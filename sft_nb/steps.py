@@ -223,7 +223,7 @@ def _check_wishes(
     check_budget(plan.train_rows, plan.cfg)
     if plan.sharded and any(hasattr(p, '__tensor_flatten__') for p in plan.model.parameters()):
         raise InputError('train: 4-bit weights are not divided among processes, got shard=True; '
-                         'leave --shard out')
+                         'give shard=False (leave --shard out)')
     device = next(plan.model.parameters()).device
     check_trains(_run_shortcuts(plan.model, plan.cfg), plan.model.cfg, device)
     if plan.cfg.best and plan.sharded and plan.folder is None:
