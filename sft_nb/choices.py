@@ -50,6 +50,7 @@ class TrainConfig:
     batch_size:int = _ruled(8, least=1) # Rows a step
     micro_batch_size:int = _ruled(0, least=0) # Rows in memory at once; 0: the whole batch
     micro_batch_tokens:int = _ruled(0, least=0) # Most tokens in memory at once; 0: `micro_batch_size` decides
+    length_window:int = _ruled(0, least=0) # Batches whose rows are sorted by length together; 0: by chance
     schedule:str = _ruled('cosine', one_of=_SCHEDULES) # How the rate falls after the warm-up
     warmup:float = _ruled(0.05, least=0, most=1) # Share of all steps over which the rate rises
     decay:float = _ruled(0.2, least=0, most=1) # Share of all steps in which 'wsd' falls; others ignore it
