@@ -75,7 +75,7 @@ def _order(
     "All steps of an epoch"
     if not cfg.length_window: return batch_order(n_rows, cfg.batch_size, cfg.seed, epoch)
     if lengths is None: raise ValueError('step_rows: length_window needs the lengths of the rows, got None')
-    return windowed_batches(lengths.n_ids, cfg.batch_size, cfg.seed, epoch, cfg.length_window)
+    return windowed_batches(lengths.n_ids.tolist(), cfg.batch_size, cfg.seed, epoch, cfg.length_window)
 
 # %% ../nbs/05d_settings.ipynb #0485a960
 def step_rows(
