@@ -25,8 +25,8 @@ from .optimizer import FlatAdamW, Optimizer
 from .checkpoints import StopFlag, newest_checkpoint, read_tensors, save_checkpoint, stop_signals
 from .choices import TrainConfig
 from .settings import StepLog, TrainLog, ValLog, describe_run, entries_until, load_log, log_line
-from .settings import lr_at, step_rows
-from .steps import RunPlan, World, accumulate, block_options, micro_batches, processes, validate
+from .settings import check_same_run, lr_at, step_rows
+from .steps import RunPlan, World, accumulate, block_options, cut_step, processes, validate
 from .basics import load_json
 from .telling import bars_wanted
 
@@ -118,6 +118,18 @@ def _dropout_seed(
     "A seed for each step and each process"
     return int(np.random.SeedSequence([cfg.seed, step, rank]).generate_state(1)[0])
 
+# %% ../nbs/05f_run.ipynb #50bb3645
+def _most_pieces(
+    plan:RunPlan, # Gives the processes, the rows and how they are cut
+    indices:list, # Rows of a step
+)->int: # At least 1
+    "Micro-batches of the process that makes most of them in a step"
+    cfg = plan.cfg
+    world = plan.world
+    if not cfg.micro_batch_tokens: return world.passes(len(indices), cfg.micro_batch_size)
+    shares = [[plan.train_rows[i] for i in indices[rank::world.size]] for rank in range(world.size)]
+    return max(len(cut_step(share, cfg)) for share in shares)
+
 # %% ../nbs/05f_run.ipynb #4fcdc649
 def make_step(
     plan:RunPlan, # What the run is
@@ -131,10 +143,9 @@ def make_step(
     torch.manual_seed(_dropout_seed(cfg, state.step, world.rank))
     indices = step_rows(state.step, len(plan.train_rows), cfg)
     mine = [plan.train_rows[i] for i in indices[world.rank::world.size]]
-    batches = micro_batches(mine, cfg.micro_batch_size, cfg.share_prefix)
-    n_idle = world.passes(len(indices), cfg.micro_batch_size) - sum(b.n_targets>0 for b in batches)
-    idle = [state.spare]*n_idle if state.spare else []
-    loss = accumulate(plan.model, batches, state.optimizer.bank, idle)
+    batches = cut_step(mine, cfg)
+    n_idle = _most_pieces(plan, indices) - sum(b.n_targets>0 for b in batches) if state.spare else 0
+    loss = accumulate(plan.model, batches, state.optimizer.bank, [state.spare]*n_idle)
     loss, n_targets, n_tokens, padding, asked = world.sum(
         loss, sum(b.n_targets for b in batches), sum(b.n_tokens for b in batches),
         sum(b.padding*b.n_rows for b in batches), float(asked_to_stop))
@@ -160,7 +171,7 @@ def _write_head(
     if plan.folder is None: return
     settings = asdict(plan.cfg)
     config = plan.folder/'config.json'
-    held = load_json(config) if config.exists() else {} # what a job wrote beside it stays
+    held = load_json(config) if config.is_file() else {} # what a job wrote beside it stays
     head = dict(kind='run', cfg=settings, dtype=state.log.dtype, n_rows=state.log.n_rows)
     entries = sorted(state.log.steps+state.log.vals, key=lambda e: (e.step, isinstance(e, ValLog)))
     with _writing(plan.folder):
@@ -221,20 +232,6 @@ def _fetch(
     plan.world.first(lambda: read_tensors(path/'state.safetensors', wanted))
     plan.world.copy(*wanted.values())
 
-# %% ../nbs/05f_run.ipynb #e167d864
-_MAY_DIFFER = 'cfg.keep_last', 'cfg.save_every', 'cfg.eval_batch_size', 'cfg.shard'
-
-
-def _check_identity(
-    plan:RunPlan, # The run that is asked for
-    identity:dict, # Of the run that wrote the checkpoint
-):
-    "Raise `InputError` with the differences between two runs"
-    changed = differences(identity, plan.identity, ignore=_MAY_DIFFER)
-    if changed:
-        raise InputError(f"{plan.folder}: this is another run than the one to resume ({'; '.join(changed)}); "
-                         'undo that, or choose another folder')
-
 # %% ../nbs/05f_run.ipynb #22df8e10
 def _say(
     plan:RunPlan, # Gives `say`
@@ -274,7 +271,7 @@ def resume_run(
     path, meta, complaints = plan.world.first(lambda: newest_checkpoint(folder, _MOMENT))
     for line in complaints: _say(plan, f'resume    {line}')
     if path is None: return None
-    _check_identity(plan, meta['identity'])
+    check_same_run(meta['identity'], plan.identity, plan.folder)
     dtype = getattr(torch, meta['dtype'], None)
     if not meta['n_updates']==meta['step']<=plan.n_steps or not isinstance(dtype, torch.dtype):
         raise InputError(f'{path}: is no moment of this run, which has {plan.n_steps} steps; '

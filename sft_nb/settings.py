@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['lr_at', 'step_rows', 'StepLog', 'ValLog', 'TrainLog', 'log_line', 'load_log', 'entries_until', 'plain_parts',
-           'run_bytes', 'describe_run', 'run_identity']
+           'run_bytes', 'describe_run', 'run_identity', 'check_same_run']
 
 # %% ../nbs/05d_settings.ipynb #ae9bfb0f
 import hashlib, json, math
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from .basics import InputError, open_bytes, shorten
+from .basics import InputError, differences, open_bytes, shorten
 from .loaders import batch_order
 from .decoder import Decoder
 from .lora import adapted
@@ -210,7 +210,7 @@ def run_bytes(
 )->int: # Bytes of weights, gradients and averages
     "16 a trained weight, 20 where 16-bit gradients are added up, and the frozen ones"
     dtype = dtype or getattr(torch, cfg.dtype.replace('auto', 'float32'))
-    split = n_processes>1 or 0<cfg.micro_batch_size<cfg.batch_size
+    split = n_processes>1 or 0<cfg.micro_batch_size<cfg.batch_size or cfg.micro_batch_tokens>0
     flat = not (cfg.shard and n_processes>1)
     trained = 20 if flat and split and dtype!=torch.float32 else 16
     return sum(trained*p.numel() if p.requires_grad else _frozen_bytes(p, dtype, cast=flat)
@@ -224,8 +224,11 @@ def _steps_in_words(
     "How many steps, and how long the rate rises"
     n_steps = cfg.n_steps(n_rows)
     per_epoch = cfg.steps_per_epoch(n_rows)
-    n_pieces = math.ceil(cfg.batch_size/cfg.micro_batch_size) if cfg.micro_batch_size else 1
-    pieces = f', each in {n_pieces} micro-batches' if cfg.micro_batch_size else ''
+    pieces = ''
+    if cfg.micro_batch_size:
+        n_pieces = math.ceil(cfg.batch_size/cfg.micro_batch_size)
+        pieces = f', each in {n_pieces} micro-batches'
+    if cfg.micro_batch_tokens: pieces = f', in micro-batches of at most {cfg.micro_batch_tokens:,} tokens'
     return (f'rows      {n_rows:,} / {cfg.batch_size} = {per_epoch:,} steps an epoch{pieces}; '
             f'x {cfg.epochs:g} epochs = {n_steps:,} steps, {round(cfg.warmup*n_steps)} of them warm-up, '
             f'then {cfg.schedule} from {cfg.lr:g}')
@@ -303,3 +306,19 @@ def run_identity(
         validation_rows=_rows_fingerprint(val_rows),
         trained_weights=hashlib.sha256(repr(trained).encode()).hexdigest()[:16],
         frozen_weights=_frozen_fingerprint(model))
+
+# %% ../nbs/05d_settings.ipynb #b2151371
+_MAY_DIFFER = 'cfg.keep_last', 'cfg.save_every', 'cfg.eval_batch_size', 'cfg.shard'
+
+
+def check_same_run(
+    old:dict, # Identity of the run that wrote a checkpoint
+    new:dict, # Identity of the run that is asked for
+    folder:Path|None, # The run's, for the message
+):
+    "Raise `InputError` with the differences between two runs"
+    usual = {f'cfg.{name}': value for name, value in asdict(TrainConfig()).items()}
+    changed = differences(usual | old, new, ignore=_MAY_DIFFER)
+    if changed:
+        raise InputError(f"{folder}: this is another run than the one to resume ({'; '.join(changed)}); "
+                         'undo that, or choose another folder')
