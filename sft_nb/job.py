@@ -37,7 +37,8 @@ from .numbers import ReportData, RunFacts, load_answers
 from .report import judge_lines, score_lines, write_report
 from .options import settings_of
 from .opening import open_model
-from .kept import check_adapters, check_decay, keep_model, kept_folder
+from .kept import check_adapters, check_decay
+from .kept import keep_model, kept_folder
 from .telling import Stage, as_teller, bars_wanted, new_folder
 from .proof import export_run
 from .export import gguf_settings
@@ -181,7 +182,8 @@ def _check_same_run(
     settings:dict, # From `_run_settings`
 )->None:
     "Raise `InputError` if `out` holds a model that was made with other settings"
-    made = [folder for folder in (out/'model', out/'adapter') if folder.exists()]
+    folders = out/'model', out/'adapter'
+    made = [f for f in folders if f.exists()]
     if not made: return
 
     usual = asdict(TrainConfig()) # what an older model knows nothing of
@@ -225,10 +227,11 @@ def _check_job(
     facts = {'training': asdict(rows.receipt), 'validation': asdict(receipt)}
     say(Stage('rows', str(rows.receipt), **facts))
     if receipt.tokens<receipt.tokens_in: say(f'          for validation: {receipt}')
-    check_adapters(job.loaded, cfg, job.added)
-    check_decay(job.loaded, cfg, job.added)
+    loaded = job.loaded
+    model = loaded.model
+    check_adapters(loaded, cfg, job.added)
+    check_decay(loaded, cfg, job.added)
     check_logger(cfg.logger)
-    model = job.loaded.model
     if cfg.export: gguf_settings(model.cfg, cfg.export, job.loaded.tokenizer, job.template)
     if cfg.lora_4bit: quantize_base(model)
     if cfg.lora: add_lora(model, replace(cfg.lora, tokens=(*job.added, *cfg.lora.tokens)), cfg.train.seed)
