@@ -140,7 +140,7 @@ def make_step(
     cfg = plan.cfg
     world = plan.world
     torch.manual_seed(_dropout_seed(cfg, state.step, world.rank))
-    indices = step_rows(state.step, len(plan.train_rows), cfg)
+    indices = step_rows(state.step, len(plan.train_rows), cfg, plan.lengths)
     mine = [plan.train_rows[i] for i in indices[world.rank::world.size]]
     batches = cut_step(mine, cfg)
     n_idle = _most_pieces(plan, indices) - sum(b.n_targets>0 for b in batches) if state.spare else 0
