@@ -37,7 +37,7 @@ from .numbers import ReportData, RunFacts, load_answers
 from .report import judge_lines, score_lines, write_report
 from .options import settings_of
 from .opening import open_model
-from .kept import check_adapters, check_decay
+from .kept import check_adapters, check_row_decay
 from .kept import keep_model, kept_folder
 from .telling import Stage, as_teller, bars_wanted, new_folder
 from .proof import export_run
@@ -230,7 +230,7 @@ def _check_job(
     loaded = job.loaded
     model = loaded.model
     check_adapters(loaded, cfg, job.added)
-    check_decay(loaded, cfg, job.added)
+    check_row_decay(loaded, cfg, job.added)
     check_logger(cfg.logger)
     if cfg.export: gguf_settings(model.cfg, cfg.export, job.loaded.tokenizer, job.template)
     if cfg.lora_4bit: quantize_base(model)
