@@ -278,6 +278,7 @@ def export_model(
     *,
     template:Any = None, # A template or its name; None: the model's own, else Alpaca
     n_answers:int = 20, # Records that are answered
+    look:Callable|None = None, # Called with model and template before anything is written
     say:Callable = print, # Where progress goes
 )->Proof: # What was measured; also kept in `export.json` beside the file
     "Export, read back, compare: `export_model('runs/mine/model', 'mine.gguf', 'q8_0')`"
@@ -287,6 +288,7 @@ def export_model(
     records = list(records)[:32]
     loaded = load_model(name)
     chosen = get_template(template) if template else loaded.template or get_template('alpaca')
+    if look: look(loaded, chosen)
     note = _note(loaded.cfg)
     try: proof, wrong = _export_and_listen(loaded, chosen, to, asked, records, n_answers=n_answers)
     except BaseException:
