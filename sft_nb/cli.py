@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 import re
+import signal
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -421,6 +422,11 @@ def _forgive_streams():
     for stream, errors in ((sys.stdin, 'replace'), (sys.stdout, 'backslashreplace')):
         if hasattr(stream, 'reconfigure'): stream.reconfigure(errors=errors, line_buffering=True)
 
+# %% ../nbs/07a_cli.ipynb #5b1e77ab
+def _end_quietly():
+    "From here on Ctrl-C means nothing: the work is done, and Python is about to end"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
 # %% ../nbs/07a_cli.ipynb #ccd47638
 def main(
     argv:list|None = None, # Words after `sft_nb`; None: those of this process
@@ -431,6 +437,7 @@ def main(
         if argv is None: _forgive_streams()
         if argv is None and args.command in ('run', 'train', 'respond', 'export'): _use_tcmalloc()
         args.do(args)
+        if argv is None: _end_quietly()
     except (InputError, OSError) as e: # OSError: no such file, no permission, disk full ...
         if getattr(args, 'json', False): show_json(Stage('error', str(e), status=2))
         print(f'sft_nb: {e}', file=sys.stderr)

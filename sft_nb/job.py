@@ -6,15 +6,14 @@
 __all__ = ['Job', 'read_data', 'prepare', 'row_limit', 'encode_part', 'answer_part', 'Stopped', 'tune_job', 'run_job', 'plan_job']
 
 # %% ../nbs/07_job.ipynb #4254993c
-import shutil
-import time
+import shutil, time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 import torch
 from .basics import InputError, differences, fingerprint, load_json, save_json
-from .choices import JobConfig, Sampling
+from .choices import JobConfig, Sampling, TrainConfig
 from .columns import FieldBook
 from .data import Record
 from .readers import default_data_file
@@ -183,7 +182,8 @@ def _check_same_run(
     "Raise `InputError` if `out` holds a model that was made with other settings"
     if not (out/'model').exists(): return
 
-    def flat(d): return {k: d[k] for k in settings if k in d and k!='config'} | d.get('config', {})
+    usual = asdict(TrainConfig()) # what an older model knows nothing of
+    def flat(d): return {k: d[k] for k in settings if k in d and k!='config'} | usual | d.get('config', {})
 
     changed = differences(flat(load_json(out/'model'/'sft_nb.json')), flat(settings))
     if changed:
