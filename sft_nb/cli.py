@@ -284,15 +284,14 @@ def _chat(args):
 # %% ../nbs/07a_cli.ipynb #630055d6
 def _export(args):
     "Write a model as one GGUF file, read it back, and compare what both say"
-    from sft_nb.proof import export_model # torch is not for a quick --help
-    from sft_nb.ollama import export_for_ollama # likewise
+    from sft_nb import ollama, proof # torch is not for a quick --help
     from sft_nb.readers import load_records # nor are its neighbours
     cfg = job_config(args)
     if None not in (args.source, cfg.model):
         raise InputError(f'export: two models, got {args.source!r} and --model {cfg.model!r}; give one')
     records = None if args.held_out is None else load_records(args.held_out)
     name = cfg.model if args.source is None else args.source
-    write = export_for_ollama if args.ollama else export_model
+    write = ollama.export_for_ollama if args.ollama else proof.export_model
     write(name, args.to, args.kind, records, template=cfg.template)
 
 # %% ../nbs/07a_cli.ipynb #a60275d7
@@ -327,8 +326,7 @@ _EXAMPLES = {
     'compare': ('compare runs/mine/responses-before.json runs/mine/responses.json --out compared',),
     'inspect': ('inspect my.json --rows 1',),
     'chat': ('chat --model runs/mine/model --temperature 0.7',),
-    'export': ('export runs/mine/model --to mine.gguf --as q8_0',
-               'export runs/mine/model --to mine.gguf --as q8_0 --ollama'),
+    'export': ('export runs/mine/model --to mine.gguf --as q8_0 --ollama',),
     'config': ('config --lora 8 > my.toml', 'config --config my.toml --lr 1e-5')}
 
 # %% ../nbs/07a_cli.ipynb #98f51c63
