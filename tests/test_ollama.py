@@ -18,7 +18,7 @@ from sft_nb.go_text import ollama_data, print_go
 from sft_nb.go_writer import is_plain, ollama_template, trimmed_roles
 from sft_nb.gguf_file import read_gguf
 from sft_nb.loading import load_model
-from sft_nb.ollama import check_prompts, modelfile
+from sft_nb.ollama import check_asked, modelfile
 from sft_nb.readers import default_data_file, load_records
 from sft_nb.rows import encode_prompt
 from sft_nb.saving import save_model
@@ -93,13 +93,13 @@ def test_ids_are_those_of_the_training(name, kind):
     source = ollama_template(template, tokenizer)
     for record in load_records(default_data_file())[:30]:
         if kind!='qwen' and name=='odd signs': continue # its pieces hold no '{'
-        check_prompts(source, [record], template, tokenizer)
+        check_asked(source, [record], template, tokenizer)
     for turns in talks(1, 12):
         record = Record((*(Message(*turn) for turn in turns), Message('assistant', 'ok')), {})
         try: ids = encode_prompt(record, template, tokenizer)
         except InputError: continue
         got = print_go(source, ollama_data(turns))
-        try: check_prompts(source, [record], template, tokenizer)
+        try: check_asked(source, [record], template, tokenizer)
         except InputError as e: assert re.search('reads as a token|other ids at an answer', str(e)), e
         else: assert tokenizer.encode_control(got)==ids
 
@@ -124,9 +124,9 @@ def test_records_that_go_cannot_ask_for_are_named():
         template = TEMPLATES[name]
         record = Record((*messages, Message('assistant', 'Hello')), {}, tools=tools, where='my.json record 4')
         source = ollama_template(template, tokenizer)
-        if why is None: check_prompts(source, [record], template, tokenizer)
+        if why is None: check_asked(source, [record], template, tokenizer)
         else:
-            with pytest.raises(InputError, match=f'^ollama: my.json record 4 .*{why}'): check_prompts(source, [record], template, tokenizer)
+            with pytest.raises(InputError, match=f'^ollama: my.json record 4 .*{why}'): check_asked(source, [record], template, tokenizer)
 
 
 def test_a_begin_token_of_the_tokenizer_stands_once():
@@ -139,7 +139,7 @@ def test_a_begin_token_of_the_tokenizer_stands_once():
     for name in ('alpaca', 'plain', 'llama2', 'mistral', 'system in the question'):
         source = ollama_template(TEMPLATES[name], tokenizer)
         text = print_go(source, ollama_data([('user', 'Name a colour')]))
-        assert not text.startswith('<s>') and check_prompts(source, load_records(default_data_file())[:20], TEMPLATES[name], tokenizer)==20
+        assert not text.startswith('<s>') and check_asked(source, load_records(default_data_file())[:20], TEMPLATES[name], tokenizer)==20
     with pytest.raises(InputError, match="puts '<s>' in front of every text"): ollama_template(get_template('chatml'), tokenizer)
 
 
