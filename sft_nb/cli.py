@@ -21,7 +21,7 @@ from .choices import LORA_LR, JobConfig
 from .data import Message, Record
 from .readers import file_kind
 from .split import split_records
-from .telling import Stage, Teller, hide_bars, show_json, show_line, show_nothing
+from .telling import Stage, Teller, hide_bars, hush_plots, show_json, show_line, show_nothing
 from .templates import TextTemplate
 from .shelf import template_names
 from .options import OPTIONS, make_job, read_settings, settings_of, settings_text
@@ -432,6 +432,7 @@ def main(
     "Run one command"
     args = _build_parser().parse_args(argv)
     try:
+        if argv is None: hush_plots()
         if argv is None: _forgive_streams()
         if argv is None and args.command in ('run', 'train', 'respond', 'export'): _use_tcmalloc()
         args.do(args)
