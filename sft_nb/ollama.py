@@ -187,6 +187,7 @@ def export_for_ollama(
     records:Sequence|None = None, # Held-out `Record`s with answers; None: those of the project's own data
     *,
     template:Any = None, # A template or its name; None: the model's own, else Alpaca
+    adapter:Any = None, # An adapter that is merged into the model first
     say:Callable = print, # Where progress goes
 )->Proof: # As `export_model` gives it
     "Export a model with a Modelfile: `export_for_ollama('runs/mine/model', 'mine.gguf', 'q8_0')`"
@@ -196,7 +197,8 @@ def export_for_ollama(
     if records is None: records = split_records(load_records(default_data_file())).test
     written:dict[str, Any] = {}
     look = partial(_look, written, Path(to), records)
-    proof = export_model(name, to, asked, records, template=template, look=look, say=say)
+    how:dict[str, Any] = dict(template=template, adapter=adapter, look=look, say=say)
+    proof = export_model(name, to, asked, records, **how)
     write_atomic(path, written['text'])
     for line in written['lines']: say(f'ollama    {line}')
     title = _ollama_name(to)
