@@ -18,6 +18,7 @@ from .basics import InputError, check_choice, check_fields, rule, shorten
 _SCHEDULES = 'cosine', 'linear', 'wsd', 'constant'
 _DTYPES = 'auto', 'float32', 'bfloat16'
 _ATTENTION = 'auto', 'products', 'fused', 'flex'
+_LOGGERS = '', 'tensorboard', 'wandb'
 
 
 def _ruled(default, **limits):
@@ -25,10 +26,10 @@ def _ruled(default, **limits):
     return field(default=default, metadata=rule(**limits))
 
 # %% ../nbs/00h_choices.ipynb #0dce85e9
-def _check_pair(
+def _checked_pair(
     cfg, # A `TrainConfig` whose single fields are right
-):
-    "Raise `InputError` for the rules that no field has alone"
+)->tuple: # Its `betas`
+    "AdamW's two averages, or `InputError` for one of the rules that no field has alone"
     betas = cfg.betas
     pair = isinstance(betas, (tuple, list)) and len(betas)==2
     if not (pair and all(type(b) in (int, float) and 0<=b<1 for b in betas)):
@@ -39,6 +40,7 @@ def _check_pair(
     if cfg.micro_batch_size and cfg.micro_batch_tokens:
         raise InputError(f'TrainConfig: micro_batch_size={cfg.micro_batch_size} and micro_batch_tokens='
                          f'{cfg.micro_batch_tokens} both say what is in memory at once; leave one out')
+    return tuple(betas)
 
 # %% ../nbs/00h_choices.ipynb #d4b2981f
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class TrainConfig:
     batch_size:int = _ruled(8, least=1) # Rows a step
     micro_batch_size:int = _ruled(0, least=0) # Rows in memory at once; 0: the whole batch
     micro_batch_tokens:int = _ruled(0, least=0) # Most tokens in memory at once; 0: `micro_batch_size` decides
+    length_window:int = _ruled(0, least=0) # Batches whose rows are sorted by length together; 0: by chance
     schedule:str = _ruled('cosine', one_of=_SCHEDULES) # How the rate falls after the warm-up
     warmup:float = _ruled(0.05, least=0, most=1) # Share of all steps over which the rate rises
     decay:float = _ruled(0.2, least=0, most=1) # Share of all steps in which 'wsd' falls; others ignore it
@@ -74,8 +77,7 @@ class TrainConfig:
 
     def __post_init__(self):
         check_fields(self)
-        _check_pair(self)
-        object.__setattr__(self, 'betas', tuple(self.betas))
+        object.__setattr__(self, 'betas', _checked_pair(self))
 
     def steps_per_epoch(self, n_rows:int)->int: # Steps of one pass over `n_rows`; the last may be smaller
         "`TrainConfig(batch_size=8).steps_per_epoch(935)` is 117"
@@ -219,10 +221,15 @@ def check_export_kind(
                          "llama.cpp's llama-quantize pack that")
     check_choice('export', kind, EXPORT_KINDS)
 
+# %% ../nbs/00h_choices.ipynb #1d570b97
+def _settle_job(cfg):
+    "Check a `JobConfig`, and make a rank alone the adapters of that rank"
+    check_fields(cfg)
+    _check_weights(cfg.span_weights or {})
+    if type(cfg.lora) is int:
+        object.__setattr__(cfg, 'lora', LoraConfig(cfg.lora) if cfg.lora else None)
+
 # %% ../nbs/00h_choices.ipynb #62b34b70
-_LOGGERS = '', 'tensorboard', 'wandb'
-
-
 @dataclass(frozen=True)
 class JobConfig:
     "All choices of a run: `JobConfig(data='my.json', out='runs/mine', train=TrainConfig(epochs=2))`"
@@ -241,12 +248,15 @@ class JobConfig:
     over_long:str = 'raise' # 'raise', 'drop', 'cut_prompt' or 'cut_answer'
     no_target:str = 'raise' # 'raise' or 'drop': a row in which nothing is learned
     model:str|Path|None = None # A folder, a .gguf file, a hub name; None: the default model
+    adapter:str|Path|None = None # A LoRA adapter on that model, or alone on its own; training goes on with it
     template:str|None = None # None: the model's own, else Alpaca
     force_template:bool = False # Use a tuned model in another template than its own
     thinking:str|None = None # 'on', 'off' or 'record'; None: as the model was tuned, else as the record is
     device:str = 'auto' # 'cpu', 'cuda', 'cuda:1', 'mps' ...; 'auto': the fastest that is sound
     train:TrainConfig = field(default_factory=TrainConfig) # How to train
     lora:LoraConfig|None = None # Train adapters and merge them; a number is their rank; None: all weights
+    keep_adapter:bool = False # Keep the adapter as a folder of its own, as `peft` writes it
+    merge:bool = True # Merge the adapter into a whole model; off: only the adapter is kept
     lora_4bit:bool = False # Keep the frozen weights in 4 bits while adapters learn; needs torchao
     preflight:bool = True # Check what can be known before training
     minutes:float|None = _ruled(None, above=0) # Fit the number of steps to the speed measured here
@@ -258,8 +268,4 @@ class JobConfig:
     judge:Any = None # A `Server` with a judge; None: no judge
     judging:Judging = field(default_factory=Judging) # How it is asked
 
-    def __post_init__(self):
-        check_fields(self)
-        _check_weights(self.span_weights or {})
-        if type(self.lora) is int:
-            object.__setattr__(self, 'lora', LoraConfig(self.lora) if self.lora else None)
+    def __post_init__(self): _settle_job(self)
