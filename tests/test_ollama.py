@@ -13,7 +13,7 @@ from sft_nb.basics import InputError
 from sft_nb.chat import ChatTemplate
 from sft_nb.cli import main
 from sft_nb.data import Message, Record
-from sft_nb.export import EXPORT_KINDS
+from sft_nb.choices import EXPORT_KINDS
 from sft_nb.go_text import ollama_data, print_go
 from sft_nb.go_writer import is_plain, ollama_template, trimmed_roles
 from sft_nb.gguf_file import read_gguf
