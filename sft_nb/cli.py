@@ -272,13 +272,9 @@ _EXAMPLES = {
     'compare': ('compare runs/mine/responses-before.json runs/mine/responses.json --out compared',),
     'inspect': ('inspect my.json --rows 1',),
     'chat': ('chat --model runs/mine/model --temperature 0.7', 'chat --adapter runs/mine/adapter'),
-<<<<<<< /tmp/tmprlgi4bek
-    'export': ('export runs/mine/model --to mine.gguf --as q8_0',),
-    'push': ('push me/mine --model runs/mine/model --dry-run', 'push me/mine --model runs/mine/adapter'),
-=======
     'export': ('export runs/mine/model --to mine.gguf --as q8_0',
                'export runs/mine/model --to mine.gguf --as q8_0 --ollama'),
->>>>>>> /tmp/tmpyt51lo3w
+    'push': ('push me/mine --model runs/mine/model --dry-run', 'push me/mine --model runs/mine/adapter'),
     'config': ('config --lora 8 > my.toml', 'config --config my.toml --lr 1e-5')}
 
 # %% ../nbs/07a_cli.ipynb #98f51c63
@@ -310,16 +306,13 @@ def _add_files(commands):
     kinds = 'f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0 [f16]'
     export.add_argument('--as', dest='kind', default='f16', metavar='KIND', help=kinds)
     export.add_argument('--data', dest='held_out', metavar='FILE', help='records to compare on')
-<<<<<<< /tmp/tmpiupymsbi
+    export.add_argument('--ollama', action='store_true', help='write a Modelfile for Ollama beside it')
     push = commands['push']
     push.add_argument('repo', metavar='REPO', help='OWNER/NAME on the Hub, or a NAME of your own')
     about = 'a model or an adapter [runs/default/model]'
     push.add_argument('--model', dest='folder', default='runs/default/model', metavar='FOLDER', help=about)
     push.add_argument('--public', action='store_true', help='let everybody see it; else it is private')
     push.add_argument('--dry-run', action='store_true', help='only tell what would be sent')
-=======
-    export.add_argument('--ollama', action='store_true', help='write a Modelfile for Ollama beside it')
->>>>>>> /tmp/tmp0k6avkq7
     inspect = commands['inspect']
     inspect.add_argument('file', nargs='?', metavar='DATA', help='the same as --data')
     inspect.add_argument('--dedupe', metavar='OUT', help='write the records without near duplicates there')
