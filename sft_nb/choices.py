@@ -207,6 +207,12 @@ def _check_weights(weights):
         raise InputError("span_weights: must give 'reasoning', 'call' or 'answer' a number from 0, "
                          f'got {span!r}: {weight!r}; change it')
 
+# %% ../nbs/00h_choices.ipynb #3d7c8b02
+def _as_lora(lora):
+    "Adapters of a rank, where only that was given"
+    if type(lora) is not int: return lora
+    return LoraConfig(lora) if lora else None
+
 # %% ../nbs/00h_choices.ipynb #62b34b70
 _LOGGERS = '', 'tensorboard', 'wandb'
 
@@ -237,6 +243,7 @@ class JobConfig:
     lora:LoraConfig|None = None # Train adapters and merge them; a number is their rank; None: all weights
     lora_4bit:bool = False # Keep the frozen weights in 4 bits while adapters learn; needs torchao
     preflight:bool = True # Check what can be known before training
+    stream:bool = False # Train while the rest is being encoded; records and rows lie on the disk
     minutes:float|None = _ruled(None, above=0) # Fit the number of steps to the speed measured here
     logger:str = _ruled('', one_of=_LOGGERS) # 'tensorboard' or 'wandb': where the numbers go
     how:Sampling = field(default_factory=Sampling) # How answers are chosen
@@ -249,5 +256,4 @@ class JobConfig:
     def __post_init__(self):
         check_fields(self)
         _check_weights(self.span_weights or {})
-        if type(self.lora) is int:
-            object.__setattr__(self, 'lora', LoraConfig(self.lora) if self.lora else None)
+        object.__setattr__(self, 'lora', _as_lora(self.lora))
