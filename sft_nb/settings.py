@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['lr_at', 'RowLengths', 'row_lengths', 'step_rows', 'first_epoch', 'StepLog', 'ValLog', 'TrainLog', 'log_line',
-           'load_log', 'plain_parts', 'run_bytes', 'describe_run', 'run_identity']
+           'load_log', 'entries_until', 'plain_parts', 'run_bytes', 'describe_run', 'run_identity', 'check_same_run']
 
 # %% ../nbs/05d_settings.ipynb #ae9bfb0f
 import hashlib, json, math
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from .basics import InputError
+from .basics import InputError, differences, open_bytes, shorten
 from .streaming import StreamedRows
 from .loaders import batch_order
 from .packing import windowed_batches
@@ -167,6 +167,13 @@ def log_line(
     kind = {cls: name for name, cls in _KINDS.items()}[type(entry)]
     return json.dumps(dict(kind=kind) | asdict(entry))+'\n'
 
+# %% ../nbs/05d_settings.ipynb #9a5e8580
+def _check_numbers(d):
+    "Raise `InputError` if an entry holds anything but numbers"
+    for name, value in d.items():
+        if type(value) in (int, float): continue
+        raise InputError(f'{name} is {shorten(value)}, which is no number')
+
 # %% ../nbs/05d_settings.ipynb #ebc1e929
 def _read_entry(
     d:dict, # One line of a log
@@ -176,10 +183,12 @@ def _read_entry(
     kind = d.pop('kind')
     if kind=='run': return TrainLog(TrainConfig(**d.pop('cfg')), **d)
     if kind!='end':
+        _check_numbers(d)
         getattr(log, f'{kind}s').append(_KINDS[kind](**d))
         return log
     log.secs = d['secs']
-    log.stopped = d['stopped']
+    log.stopped = str(d['stopped'])
+    _check_numbers(dict(secs=log.secs))
     return log
 
 # %% ../nbs/05d_settings.ipynb #482b436c
@@ -189,15 +198,27 @@ def load_log(
     "Read a log, a torn last line left out; raises `InputError` when it is no log"
     path = Path(path)
     if path.is_dir(): path = path/'log.jsonl'
-    lines = path.read_text(encoding='utf-8').split('\n')
+    with open_bytes(path) as file: lines = file.read().split(b'\n')
     log = None
     for i, line in enumerate(lines[:-1], 1):
         try: log = _read_entry(json.loads(line), log)
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             raise InputError(f"{path} line {i}: not a line of a training log ({e}); "
                              "name the run's own log.jsonl") from None
     if log is None: raise InputError(f"{path}: holds no run; name the run's own log.jsonl")
     return log
+
+# %% ../nbs/05d_settings.ipynb #f540c995
+def entries_until(
+    log:TrainLog, # As `load_log` read it
+    step:int, # Steps made so far
+)->tuple[list, list]: # The `StepLog`s of steps 1 to `step`, and the `ValLog`s up to there
+    "The past of a run at a step, raising `InputError` when a step of it is missing"
+    steps = [s for s in log.steps if s.step<=step]
+    if [s.step for s in steps]!=list(range(1, step+1)):
+        raise InputError(f'log.jsonl: holds {len(steps)} of the {step} steps that the checkpoint has made; '
+                         'bring it back, or start anew in another folder')
+    return steps, [v for v in log.vals if v.step<=step]
 
 # %% ../nbs/05d_settings.ipynb #72bb1aea
 def plain_parts(
@@ -326,3 +347,19 @@ def run_identity(
         validation_rows=_rows_fingerprint(val_rows),
         trained_weights=hashlib.sha256(repr(trained).encode()).hexdigest()[:16],
         frozen_weights=_frozen_fingerprint(model))
+
+# %% ../nbs/05d_settings.ipynb #b2151371
+_MAY_DIFFER = 'cfg.keep_last', 'cfg.save_every', 'cfg.eval_batch_size', 'cfg.shard'
+
+
+def check_same_run(
+    old:dict, # Identity of the run that wrote a checkpoint
+    new:dict, # Identity of the run that is asked for
+    folder:Path|None, # The run's, for the message
+):
+    "Raise `InputError` with the differences between two runs"
+    usual = {f'cfg.{name}': value for name, value in asdict(TrainConfig()).items()}
+    changed = differences(usual | old, new, ignore=_MAY_DIFFER)
+    if changed:
+        raise InputError(f"{folder}: this is another run than the one to resume ({'; '.join(changed)}); "
+                         'undo that, or choose another folder')

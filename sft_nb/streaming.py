@@ -23,13 +23,12 @@ import numpy as np
 from .basics import InputError, fingerprint
 from .choices import JobConfig
 from .columns import FieldBook
-from .data import Record, Split, split_sizes
+from .data import Split, split_sizes
 from .readers import iter_records
 from .shelf import get_template, richer_template
 from .rows import Example, Flat, encode_rows, fit_row, learn_weights
 from .encoding import EncodePlan, Receipt, encode_all
 from .intake import Intake
-from .loaders import epoch_order
 
 # %% ../nbs/02c_streaming.ipynb #0f5c32fd
 class _Heap:
