@@ -35,6 +35,7 @@ if TYPE_CHECKING: # what editors and type checkers see; a test compares it with 
     from .comparison import compare_scores as compare_scores
     from .server import Server as Server
     from .judge import judge_file as judge_file
+    from .proof import export_model as export_model
     from .job import run_job as run_job
     from .basics import InputError as InputError
 

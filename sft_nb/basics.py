@@ -7,8 +7,8 @@ __all__ = ['InputError', 'shorten', 'near_misses', 'check_choice', 'rule', 'chec
            'read_text', 'CutOffError', 'parse_json', 'write_atomic', 'whole_folder', 'json_text', 'save_json',
            'load_json', 'file_sha256', 'fingerprint', 'differences', 'lock_file', 'Groups']
 
-# %% ../nbs/00_basics.ipynb #21fc6366
-import gzip, hashlib, json, math, operator, os, re, reprlib, shutil, sys, tempfile, zlib
+# %% ../nbs/00_basics.ipynb #80003516
+import gzip, hashlib, json, math, operator, os, re, reprlib, secrets, shutil, sys, zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -225,6 +225,11 @@ def parse_json(
     except InputError as e: raise InputError(f'{where}: {e}') from None
     except ValueError as e: raise InputError(f'{where}: {e}; mend the value') from None
 
+# %% ../nbs/00_basics.ipynb #924c30a2
+def _hidden_beside(path):
+    "A name that is not taken, for what will be called `path`"
+    return path.with_name(f'.{path.name}.{secrets.token_hex(4)}')
+
 # %% ../nbs/00_basics.ipynb #faf0e46c
 def write_atomic(
     path:str|Path, # The file to write; its folder is made if need be
@@ -234,17 +239,23 @@ def write_atomic(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     data = content.encode(errors='backslashreplace') if isinstance(content, str) else content
-    handle, temporary = tempfile.mkstemp(prefix=f'.{path.name}.', dir=path.parent)
+    temporary = _hidden_beside(path)
     try:
-        with os.fdopen(handle, 'wb') as file:
+        with open(temporary, 'xb') as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
+
+# %% ../nbs/00_basics.ipynb #a558cb3c
+def _share_as_folder(folder):
+    "Give the files in a new folder the rights that it was born with"
+    readers = folder.stat().st_mode & 0o666
+    for path in folder.rglob('*'):
+        if path.is_file(): path.chmod(readers)
 
 # %% ../nbs/00_basics.ipynb #fee91e31
 @contextmanager
@@ -256,10 +267,11 @@ def whole_folder(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f'{folder}: exists and is not empty; choose another folder or remove it')
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f'.{folder.name}.', dir=folder.parent))
+    temporary = _hidden_beside(folder)
+    temporary.mkdir()
     try:
         yield temporary
-        temporary.chmod(0o755)
+        _share_as_folder(temporary)
         if folder.exists(): folder.rmdir()
         os.replace(temporary, folder)
     finally: shutil.rmtree(temporary, ignore_errors=True)

@@ -28,7 +28,7 @@ def _ruled(default, **limits):
 def _check_pair(
     cfg, # A `TrainConfig` whose single fields are right
 ):
-    "Raise `InputError` for the two rules that no field has alone"
+    "Raise `InputError` for the rules that no field has alone"
     betas = cfg.betas
     pair = isinstance(betas, (tuple, list)) and len(betas)==2
     if not (pair and all(type(b) in (int, float) and 0<=b<1 for b in betas)):
@@ -36,6 +36,9 @@ def _check_pair(
     if cfg.micro_batch_size>cfg.batch_size:
         raise InputError('TrainConfig: micro_batch_size must be between 0 and batch_size '
                          f'({cfg.batch_size}), got {cfg.micro_batch_size}; change micro_batch_size')
+    if cfg.micro_batch_size and cfg.micro_batch_tokens:
+        raise InputError(f'TrainConfig: micro_batch_size={cfg.micro_batch_size} and micro_batch_tokens='
+                         f'{cfg.micro_batch_tokens} both say what is in memory at once; leave one out')
 
 # %% ../nbs/00h_choices.ipynb #d4b2981f
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class TrainConfig:
     steps:int = _ruled(0, least=0) # Steps of the whole run; 0: as many as `epochs` make
     batch_size:int = _ruled(8, least=1) # Rows a step
     micro_batch_size:int = _ruled(0, least=0) # Rows in memory at once; 0: the whole batch
+    micro_batch_tokens:int = _ruled(0, least=0) # Most tokens in memory at once; 0: `micro_batch_size` decides
     schedule:str = _ruled('cosine', one_of=_SCHEDULES) # How the rate falls after the warm-up
     warmup:float = _ruled(0.05, least=0, most=1) # Share of all steps over which the rate rises
     decay:float = _ruled(0.2, least=0, most=1) # Share of all steps in which 'wsd' falls; others ignore it

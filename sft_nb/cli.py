@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 import re
+import signal
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -180,7 +181,8 @@ def _run(args):
 def _respond(args):
     "Answer the records of a file, or one part of its split; the records need no answers of their own"
     from sft_nb.intake import drop_refused # numpy is not for a quick --help
-    from sft_nb.job import Job, answer_part, open_model, read_data # torch is not for a quick --help
+    from sft_nb.opening import open_model # torch is not for a quick --help
+    from sft_nb.job import Job, answer_part, read_data # likewise
     path = args.out
     file_kind(path)
     cfg = job_config(args)
@@ -257,7 +259,7 @@ def _chat(args):
     from sft_nb.rows import encode_prompt # likewise
     from sft_nb.sampling import default_stop_ids # likewise
     from sft_nb.generation import stream # likewise
-    from sft_nb.job import open_model # likewise
+    from sft_nb.opening import open_model # likewise
     cfg = job_config(args)
     loaded, template, _ = open_model(cfg, say=lambda text: None)
     tokenizer = loaded.tokenizer
@@ -416,6 +418,11 @@ def _forgive_streams():
     for stream, errors in ((sys.stdin, 'replace'), (sys.stdout, 'backslashreplace')):
         if hasattr(stream, 'reconfigure'): stream.reconfigure(errors=errors, line_buffering=True)
 
+# %% ../nbs/07a_cli.ipynb #5b1e77ab
+def _end_quietly():
+    "From here on Ctrl-C means nothing: the work is done, and Python is about to end"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
 # %% ../nbs/07a_cli.ipynb #ccd47638
 def main(
     argv:list|None = None, # Words after `sft_nb`; None: those of this process
@@ -426,6 +433,7 @@ def main(
         if argv is None: _forgive_streams()
         if argv is None and args.command in ('run', 'train', 'respond', 'export'): _use_tcmalloc()
         args.do(args)
+        if argv is None: _end_quietly()
     except (InputError, OSError) as e: # OSError: no such file, no permission, disk full ...
         if getattr(args, 'json', False): show_json(Stage('error', str(e), status=2))
         print(f'sft_nb: {e}', file=sys.stderr)

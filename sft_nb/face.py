@@ -12,7 +12,7 @@ import sys
 from importlib import import_module
 from typing import Any
 
-# %% ../nbs/07b_face.ipynb #2ac77fdc
+# %% ../nbs/07b_face.ipynb #13719c75
 FACE = {
     'load_records': ('readers', "records = sft_nb.load_records('my.json')"),
     'split_records': ('split', 'split = sft_nb.split_records(records)'),
@@ -50,6 +50,7 @@ FACE = {
     'compare_scores': ('comparison', 'print(sft_nb.compare_scores(scores, scores))'),
     'Server': ('server', "judge = sft_nb.Server('http://127.0.0.1:8000/v1', 'some-judge')"),
     'judge_file': ('judge', "judged = sft_nb.judge_file('tuned.json', toy_judge)"),
+    'export_model': ('proof', "proof = sft_nb.export_model('tuned', 'tuned.gguf', 'q8_0', split.test)"),
     'JobConfig': ('choices', "job = sft_nb.JobConfig(data='my.json', model='some-model', out='runs/job', "
                          'train=cfg)'),
     'run_job': ('job', 'print(sft_nb.run_job(job).headline.compared)'),

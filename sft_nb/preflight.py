@@ -21,7 +21,7 @@ from .decoder import Decoder
 from .optimizer import FlatAdamW
 from .choices import TrainConfig
 from .settings import plain_parts, run_bytes, step_rows
-from .steps import accumulate, block_options, micro_batches, validate
+from .steps import accumulate, block_options, check_budget, cut_step, validate
 
 # %% ../nbs/05g_preflight.ipynb #d229d0e3
 @dataclass(frozen=True)
@@ -165,6 +165,16 @@ def _measured(losses, secs, batches, dtype):
     padding = sum(b.padding for b in batches)/len(batches)
     return Trial(tuple(losses), secs, n_tokens, n_computed, padding, str(dtype).removeprefix('torch.'))
 
+# %% ../nbs/05g_preflight.ipynb #6dbd24c4
+def _rows_at_once(
+    rows:Sequence, # Training `Example`s
+    cfg:TrainConfig, # Gives `micro_batch_tokens`, `micro_batch_size` or `batch_size`
+)->int: # At least 1
+    "How many rows are in memory together"
+    if not cfg.micro_batch_tokens: return cfg.micro_batch_size or cfg.batch_size
+    longest = max(len(row.ids) - 1 for row in rows)
+    return min(cfg.batch_size, max(1, cfg.micro_batch_tokens//longest))
+
 # %% ../nbs/05g_preflight.ipynb #40efe481
 def try_batch(
     model:Decoder, # Left as it was
@@ -180,7 +190,7 @@ def try_batch(
     secs = math.inf
     try:
         start_N = flat.tensors()['master'].clone()
-        batches = micro_batches(rows, cfg.micro_batch_size, cfg.share_prefix)
+        batches = cut_step(rows, cfg)
         targets = sum(b.n_targets for b in batches)
         with block_options(model, replace(cfg, compile=False)):
             for _ in range(n_updates):
@@ -188,7 +198,7 @@ def try_batch(
                 losses.append(accumulate(model, batches, flat.bank)/targets)
                 flat.step(cfg.lr, 1/targets)
                 secs = min(secs, time.perf_counter()-begun)
-            losses.append(validate(model, rows, cfg.micro_batch_size or len(rows), cfg.share_prefix))
+            losses.append(validate(model, rows, _rows_at_once(rows, cfg), cfg.share_prefix))
     except InputError: losses.append(math.nan) # an update that exploded
     finally:
         if start_N is not None: flat.tensors()['master'].copy_(start_N)
@@ -319,7 +329,7 @@ def measure_pace(
     sizes = [sum(len(row.ids) - 1 for row in batch) for batch in batches]
 
     def update(flat, batch):
-        pieces = micro_batches(batch, cfg.micro_batch_size, cfg.share_prefix)
+        pieces = cut_step(batch, cfg)
         accumulate(model, pieces, flat.bank)
         flat.step(cfg.lr/1000, 1/sum(piece.n_targets for piece in pieces))
 
@@ -402,7 +412,7 @@ def _cheap(rows, val_rows, model, cfg, tokenizer, *, stop_ids, folder=None):
 # %% ../nbs/05g_preflight.ipynb #57c93519
 def _dear(rows, model, cfg, val_rows=(), pace=None):
     "What has to be computed; only the first loss if that is bad"
-    size = cfg.micro_batch_size or cfg.batch_size
+    size = _rows_at_once(rows, cfg)
     device = next(model.parameters()).device
     found = []
     try:
@@ -413,6 +423,7 @@ def _dear(rows, model, cfg, val_rows=(), pace=None):
         found += [_check_overfit(trial), _report_padding(trial), _expect_time(pace, rows, cfg, device)]
     except torch.OutOfMemoryError:
         cure = f'give micro_batch_size={size//2}' if size>1 else 'set recompute=True, or cut the rows'
+        if cfg.micro_batch_tokens and size>1: cure = f'give micro_batch_tokens={cfg.micro_batch_tokens//2}'
         what = f'{size} rows at once do not fit into the memory of {device}; {cure}'
         found.append(Outcome('bad', 'memory', what))
     return found
@@ -431,6 +442,7 @@ def check_run(
 )->Preflight: # All outcomes; `print` it, `raise_if_bad()`
     "Look at everything that can be looked at before training: `print(check_run(model, rows))`"
     if not len(rows): raise InputError('preflight: no training rows; check the data and the split')
+    check_budget(rows, cfg)
     dtype, _ = choose_dtype(cfg.dtype, next(model.parameters()).device) # once: measurements differ
     cfg = replace(cfg, dtype=str(dtype).removeprefix('torch.'))
     found = _cheap(rows, val_rows, model, cfg, tokenizer, stop_ids=stop_ids, folder=folder)

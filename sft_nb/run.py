@@ -25,7 +25,7 @@ from .optimizer import FlatAdamW, Optimizer
 from .checkpoints import StopFlag, newest_checkpoint, read_tensors, save_checkpoint, stop_signals
 from .choices import TrainConfig
 from .settings import StepLog, TrainLog, ValLog, describe_run, load_log, log_line, lr_at, step_rows
-from .steps import RunPlan, World, accumulate, block_options, micro_batches, processes, validate
+from .steps import RunPlan, World, accumulate, block_options, cut_step, processes, validate
 from .basics import load_json
 from .telling import bars_wanted
 
@@ -117,6 +117,18 @@ def _dropout_seed(
     "A seed for each step and each process"
     return int(np.random.SeedSequence([cfg.seed, step, rank]).generate_state(1)[0])
 
+# %% ../nbs/05f_run.ipynb #50bb3645
+def _most_pieces(
+    plan:RunPlan, # Gives the processes, the rows and how they are cut
+    indices:list, # Rows of a step
+)->int: # At least 1
+    "Micro-batches of the process that makes most of them in a step"
+    cfg = plan.cfg
+    world = plan.world
+    if not cfg.micro_batch_tokens: return world.passes(len(indices), cfg.micro_batch_size)
+    shares = [[plan.train_rows[i] for i in indices[rank::world.size]] for rank in range(world.size)]
+    return max(len(cut_step(share, cfg)) for share in shares)
+
 # %% ../nbs/05f_run.ipynb #4fcdc649
 def make_step(
     plan:RunPlan, # What the run is
@@ -130,10 +142,9 @@ def make_step(
     torch.manual_seed(_dropout_seed(cfg, state.step, world.rank))
     indices = step_rows(state.step, len(plan.train_rows), cfg)
     mine = [plan.train_rows[i] for i in indices[world.rank::world.size]]
-    batches = micro_batches(mine, cfg.micro_batch_size, cfg.share_prefix)
-    n_idle = world.passes(len(indices), cfg.micro_batch_size) - sum(b.n_targets>0 for b in batches)
-    idle = [state.spare]*n_idle if state.spare else []
-    loss = accumulate(plan.model, batches, state.optimizer.bank, idle)
+    batches = cut_step(mine, cfg)
+    n_idle = _most_pieces(plan, indices) - sum(b.n_targets>0 for b in batches) if state.spare else 0
+    loss = accumulate(plan.model, batches, state.optimizer.bank, [state.spare]*n_idle)
     loss, n_targets, n_tokens, padding, asked = world.sum(
         loss, sum(b.n_targets for b in batches), sum(b.n_tokens for b in batches),
         sum(b.padding*b.n_rows for b in batches), float(asked_to_stop))
@@ -159,7 +170,7 @@ def _write_head(
     if plan.folder is None: return
     settings = asdict(plan.cfg)
     config = plan.folder/'config.json'
-    held = load_json(config) if config.exists() else {} # what a job wrote beside it stays
+    held = load_json(config) if config.is_file() else {} # what a job wrote beside it stays
     head = dict(kind='run', cfg=settings, dtype=state.log.dtype, n_rows=state.log.n_rows)
     entries = sorted(state.log.steps+state.log.vals, key=lambda e: (e.step, isinstance(e, ValLog)))
     with _writing(plan.folder):
@@ -229,7 +240,8 @@ def _check_identity(
     identity:dict, # Of the run that wrote the checkpoint
 ):
     "Raise `InputError` with the differences between two runs"
-    changed = differences(identity, plan.identity, ignore=_MAY_DIFFER)
+    usual = {f'cfg.{name}': value for name, value in asdict(TrainConfig()).items()}
+    changed = differences(usual | identity, plan.identity, ignore=_MAY_DIFFER)
     if changed:
         raise InputError(f"{plan.folder}: this is another run than the one to resume ({'; '.join(changed)}); "
                          'undo that, or choose another folder')

@@ -189,7 +189,7 @@ def run_bytes(
 )->int: # Bytes of weights, gradients and averages
     "16 a trained weight, 20 where 16-bit gradients are added up, and the frozen ones"
     dtype = dtype or getattr(torch, cfg.dtype.replace('auto', 'float32'))
-    split = n_processes>1 or 0<cfg.micro_batch_size<cfg.batch_size
+    split = n_processes>1 or 0<cfg.micro_batch_size<cfg.batch_size or cfg.micro_batch_tokens>0
     flat = not (cfg.shard and n_processes>1)
     trained = 20 if flat and split and dtype!=torch.float32 else 16
     return sum(trained*p.numel() if p.requires_grad else _frozen_bytes(p, dtype, cast=flat)
@@ -203,8 +203,11 @@ def _steps_in_words(
     "How many steps, and how long the rate rises"
     n_steps = cfg.n_steps(n_rows)
     per_epoch = cfg.steps_per_epoch(n_rows)
-    n_pieces = math.ceil(cfg.batch_size/cfg.micro_batch_size) if cfg.micro_batch_size else 1
-    pieces = f', each in {n_pieces} micro-batches' if cfg.micro_batch_size else ''
+    pieces = ''
+    if cfg.micro_batch_size:
+        n_pieces = math.ceil(cfg.batch_size/cfg.micro_batch_size)
+        pieces = f', each in {n_pieces} micro-batches'
+    if cfg.micro_batch_tokens: pieces = f', in micro-batches of at most {cfg.micro_batch_tokens:,} tokens'
     return (f'rows      {n_rows:,} / {cfg.batch_size} = {per_epoch:,} steps an epoch{pieces}; '
             f'x {cfg.epochs:g} epochs = {n_steps:,} steps, {round(cfg.warmup*n_steps)} of them warm-up, '
             f'then {cfg.schedule} from {cfg.lr:g}')

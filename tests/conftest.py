@@ -25,6 +25,10 @@ def pytest_ignore_collect(collection_path, config):
 
 def pytest_configure(config):
     config.addinivalue_line('markers', 'slow: takes minutes; runs only with --slow')
+    try: import hypothesis
+    except ImportError: return # some of the quick tests' machines do without
+    hypothesis.settings.register_profile('same', derandomize=True) # the test command says the same twice; --slow draws anew
+    if not config.getoption('--slow'): hypothesis.settings.load_profile('same')
 
 
 def pytest_collection_modifyitems(config, items):

@@ -56,6 +56,12 @@ def test_sharded_equals_one(alone, tmp_path, n):
     same(run(tmp_path/'n', n, '{"shard": true}'), alone, 1e-5)
 
 
+@pytest.mark.slow
+def test_sharded_pieces_by_tokens_equal_one(alone, tmp_path):
+    "The two make a different number of pieces of a step, and wait for each other"
+    same(run(tmp_path/'n', 2, '{"shard": true, "micro_batch_size": 0, "micro_batch_tokens": 22}'), alone, 1e-5)
+
+
 def test_sharded_by_two_goes_on_with_one_and_back(alone, tmp_path):
     folder, two = tmp_path/'n', '{"shard": true}'
     run(folder, 2, two, '', '9', ok=False)

@@ -1,5 +1,5 @@
 "A model goes out as a GGUF file: every family comes back, other readers say the same, and what is wrong leaves no file"
-import json, os, subprocess, sys
+import json, os, stat, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -8,12 +8,15 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.testing import assert_close
 
+from sft_nb.adapters import save_adapter
 from sft_nb.basics import InputError
+from sft_nb.choices import LoraConfig
 from sft_nb.data import as_records
 from sft_nb.export import EXPORT_KINDS, gguf_settings, write_gguf
 from sft_nb.families import FAMILIES, hf_tensors
 from sft_nb.gguf_file import open_gguf, read_gguf
 from sft_nb.loading import load_model
+from sft_nb.lora import add_lora
 from sft_nb.proof import export_model
 from sft_nb.saving import save_model
 from sft_nb.shelf import get_template
@@ -120,6 +123,23 @@ def test_bad_input_ends_in_one_line(tmp_path):
     full = run('export', folder, '--to', tmp_path/'a.gguf', '--as', 'f32', limit=100_000)
     assert full.returncode==2 and full.stderr.count('\n')==1, full.stderr
     assert sorted(p.name for p in tmp_path.iterdir())==before
+
+
+@pytest.mark.skipif(os.name!='posix', reason='rights mean little there')
+@pytest.mark.parametrize('umask', [0o022, 0o077, 0o027])
+def test_files_have_the_rights_that_the_user_gives(umask, tmp_path):
+    "Of a saved model, its adapter and an exported file: nothing is more open or more shut than a file that the user makes"
+    before = os.umask(umask)
+    try:
+        folder, model = toy_folder('llama', tmp_path/'m')
+        add_lora(model, LoraConfig(2))
+        save_adapter(tmp_path/'adapter', model)
+        export_model(folder, tmp_path/'m.gguf', 'q8_0', RECORDS, n_answers=1, say=str)
+    finally: os.umask(before)
+    made = [folder, *folder.rglob('*'), tmp_path/'adapter', *(tmp_path/'adapter').rglob('*'), tmp_path/'m.gguf', tmp_path/'export.json']
+    rights = {p.name: stat.S_IMODE(p.stat().st_mode) for p in made}
+    assert 'model.safetensors' in rights and 'adapter_model.safetensors' in rights
+    assert rights=={p.name: (0o777 if p.is_dir() else 0o666) & ~umask for p in made}
 
 
 @pytest.mark.slow

@@ -23,7 +23,8 @@ from sft_nb.decoder import Decoder, batch_loss, compare_with_naive, gradients_of
 from sft_nb.families import FAMILIES, file_parts, hf_tensors
 from sft_nb.fetch import fetch_default_model
 from sft_nb.loading import load_model
-from sft_nb.saving import generation_settings, resize_vocab, save_model
+from sft_nb.growing import resize_vocab
+from sft_nb.saving import generation_settings, save_model
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()

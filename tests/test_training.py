@@ -28,7 +28,7 @@ from sft_nb.lora import add_lora
 from sft_nb.optimizer import FlatAdamW
 from sft_nb.choices import TrainConfig
 from sft_nb.settings import StepLog, ValLog, load_log, run_bytes
-from sft_nb.steps import accumulate, micro_batches, processes, validate
+from sft_nb.steps import accumulate, cut_step, micro_batches, processes, validate
 from sft_nb import run as run_module
 from sft_nb.run import train
 from sft_nb.preflight import check_run, try_batch
@@ -106,6 +106,23 @@ def test_fast_paths_equal_the_naive_one(kind, shape):
                 torch.testing.assert_close(p.grad, grads[name], rtol=1e-5, atol=1e-5*grads[name].abs().max().item()+1e-7, msg=f'{name} {share} {size}')
 
 
+@pytest.mark.parametrize('kind', BATCHES)
+def test_a_budget_of_tokens_cuts_a_step_and_changes_nothing(kind):
+    examples, model = BATCHES[kind], tiny()
+    want, grads = naive_gradients(model, examples)
+    longest = max(len(e.ids)-1 for e in examples)
+    for share in (True, False):
+        for budget in (longest, longest+3, 2*longest+1, 10**6):
+            cfg = TrainConfig(micro_batch_tokens=budget, share_prefix=share)
+            pieces = cut_step(examples, cfg)
+            assert max(b.n_tokens for b in pieces) <= budget and sum(b.n_rows for b in pieces) == len(examples)
+            assert sum(b.n_targets for b in pieces) == pytest.approx(sum(float(e.learn[1:].sum()) for e in examples))
+            model.zero_grad(set_to_none=True)
+            assert accumulate(model, pieces) == pytest.approx(want, rel=1e-5)
+            for name,p in model.named_parameters():
+                torch.testing.assert_close(p.grad, grads[name], rtol=1e-5, atol=1e-5*grads[name].abs().max().item()+1e-7, msg=f'{name} {share} {budget}')
+
+
 def test_validation_is_the_naive_mean():
     model, examples = tiny(), rows(9)
     want, _ = naive_gradients(model, examples)
@@ -170,6 +187,26 @@ def test_killed_and_resumed_is_never_stopped(tmp_path, dtype, prepare):
     *got, kills, torn = kill_often(tmp_path/'run', 6, 1, cfg, prepare)
     assert tuple(got) == unbroken(cfg, prepare)
     assert kills > 0
+
+
+def stop_after(n): return lambda entry, model: 'enough' if isinstance(entry, StepLog) and entry.step == n else None
+
+
+@pytest.mark.parametrize('settings', [dict(micro_batch_size=0, micro_batch_tokens=40)], ids=['tokens'])
+def test_stopped_anywhere_and_resumed_is_never_stopped(tmp_path, settings):
+    cfg = replace(CFG, **settings)
+    whole = unbroken(cfg)
+    for n in (1, 13):
+        train(tiny(), *DATA, cfg, tmp_path/str(n), hooks=[stop_after(n)], say=quiet)
+        model = tiny()
+        log = train(model, *DATA, cfg, tmp_path/str(n), resume=True, say=quiet)
+        assert (bits(model), [(s.step, s.loss) for s in log.steps], [(v.step, v.loss) for v in log.vals]) == whole
+
+
+def test_a_row_over_the_budget_of_tokens_is_told_before_the_first_step(tmp_path):
+    with pytest.raises(InputError, match=r'has \d+ tokens, more than a micro-batch may hold \(micro_batch_tokens=13\)'):
+        train(tiny(), *DATA, TrainConfig(micro_batch_tokens=13), tmp_path/'run', say=quiet)
+    assert not (tmp_path/'run').exists()
 
 
 @pytest.mark.slow
@@ -321,7 +358,7 @@ def test_a_run_folder_that_cannot_be_written_leaves_the_model_as_it_was(tmp_path
     before = bits(model)
     (tmp_path/'run/config.json').mkdir(parents=True)
     (tmp_path/'file').write_text('')
-    with pytest.raises(InputError, match='run/config.json: is a folder, not a file'): train(model, *DATA, cfg, tmp_path/'run', say=quiet)
+    with pytest.raises(InputError, match='run: cannot be written .Is a directory'): train(model, *DATA, cfg, tmp_path/'run', say=quiet)
     with pytest.raises(InputError, match='file: cannot be written .File exists'): train(model, *DATA, cfg, tmp_path/'file', say=quiet)
     assert bits(model) == before and all(p.dtype == torch.float32 and p.grad is None for p in model.parameters())
 
