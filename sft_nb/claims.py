@@ -6,12 +6,12 @@
 __all__ = ['TEXT_PROOFS', 'Claim', 'LeftOut', 'measure', 'Case', 'case_rows', 'some_rows', 'ids_are_the_whole_texts',
            'learned_is_the_answer', 'ends_are_learned', 'prompts_begin_rows']
 
-# %% ../nbs/06n_claims.ipynb #6f36ca7a
+# %% ../nbs/06n_claims.ipynb #fb6b06e8
 import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from .basics import InputError
-from .data import Record
 from .templates import TextTemplate
 from .tokenizer import TiktokenTokenizer
 from .rows import Example, check_loss, encode_prompt, encode_rows, flatten_rows, learn_weights
@@ -48,10 +47,19 @@ class Claim:
         "Is the difference within its bound?"
         return self.difference<=self.bound
 
-    def __str__(self)->str: # One line
-        if self.left_out: return f'left  {self.name}: {self.words}'
-        grade = 'ok' if self.holds else 'RED'
-        return f'{grade:6}{self.name}: {self.difference:.2g}, at most {self.bound:.2g}; {self.words}'
+    @property
+    def grade(self)->str: # 'ok', 'RED' or 'left out'
+        "What came of it, in a word"
+        if self.left_out: return 'left out'
+        return 'ok' if self.holds else 'RED'
+
+    @property
+    def text(self)->str: # One line
+        "What was claimed, the difference and its bound, and of what"
+        if self.left_out: return f'{self.name}: {self.words}'
+        return f'{self.name}: {self.difference:.2g}, at most {self.bound:.2g}; {self.words}'
+
+    def __str__(self)->str: return f'{self.grade:10}{self.text}'
 
 # %% ../nbs/06n_claims.ipynb #cd294d7e
 class LeftOut(Exception):
@@ -95,7 +103,8 @@ def _fitting(case):
     "The rows that the model can read and that hold a target, the shortest first"
     rows = [row for row in case_rows(case) if row.n_targets and len(row)<=case.loaded.cfg.max_length]
     if not rows:
-        raise InputError(f'prove: none of {len(case.records)} records fits the model with something to learn; '
+        n = len(case.records)
+        raise InputError(f'prove: none of {n} records fits the model with something to learn; '
                          'check --data, --template and --loss-on')
     return sorted(rows, key=len)
 
@@ -121,10 +130,11 @@ def some_rows(
 # %% ../nbs/06n_claims.ipynb #f1ca20db
 def _raise(text): raise InputError(text)
 
-
+# %% ../nbs/06n_claims.ipynb #c87d6c0f
 def _chat_text(record, template):
     "A conversation as plain Jinja prints it"
-    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    blocks = {'trim_blocks': True, 'lstrip_blocks': True}
+    env = ImmutableSandboxedEnvironment(**blocks, extensions=[loopcontrols])
     env.globals['raise_exception'] = _raise
     turns = [{'role': m.role, 'content': m.content} for m in record.messages]
     try: return env.from_string(template.jinja).render(dict(template.special), messages=turns)
@@ -148,9 +158,10 @@ def _library_ids(text, tokenizer):
 # %% ../nbs/06n_claims.ipynb #177092cf
 def _is_plain(record):
     "Does a record hold nothing but words, the last of them an answer?"
-    return not (record.tools or any(m.more for m in record.messages)) and record.messages[-1].role=='assistant'
+    rich = record.tools or any(m.more for m in record.messages)
+    return not rich and record.messages[-1].role=='assistant'
 
-
+# %% ../nbs/06n_claims.ipynb #7c6c0e38
 def _speaks_control(record, tokenizer):
     "Does a record's own text write a control token?"
     texts = [m.content for m in record.messages]
@@ -188,7 +199,7 @@ def ids_are_the_whole_texts(
 # %% ../nbs/06n_claims.ipynb #9e9e7b6d
 def _squeezed(text): return ''.join(text.split())
 
-
+# %% ../nbs/06n_claims.ipynb #3d0a0b57
 def _answers_of(record, loss_on):
     "The answers of a record that count"
     said = [m for m in record.messages if m.role=='assistant']

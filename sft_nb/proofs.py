@@ -5,22 +5,22 @@
 # %% auto #0
 __all__ = ['Certificate', 'prove']
 
-# %% ../nbs/07_proofs.ipynb #487173bf
-import hashlib
+# %% ../nbs/07_proofs.ipynb #b8155d0a
 import importlib.metadata
 import json
 import os
 import platform
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from . import __version__
+from . import basics
 from .basics import InputError, file_sha256, fingerprint, save_json
 from .machine import free_memory
 from .intake import drop_refused
@@ -28,10 +28,12 @@ from .choices import JobConfig
 from .saving import save_model
 from .options import settings_of
 from .telling import Stage, hide_bars
-from .claims import TEXT_PROOFS, Case, Claim, measure, some_rows
+from .claims import TEXT_PROOFS, Case, measure, some_rows
 from .model_claims import MODEL_PROOFS, find_witness
+from .file_claims import FILE_PROOFS
 from .run_claims import RUN_PROOFS
-from .job import open_model, read_data
+from .opening import open_model
+from .job import read_data
 
 # %% ../nbs/07_proofs.ipynb #71de0625
 _PACKAGES = ('torch', 'numpy', 'tokenizers', 'safetensors', 'transformers')
@@ -45,27 +47,26 @@ def _versions():
         except importlib.metadata.PackageNotFoundError: found[name] = None
     return found
 
-
+# %% ../nbs/07_proofs.ipynb #296fdf3e
 def _machine():
     "Where it was computed"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    return {'system': platform.platform(), 'processor': platform.processor() or platform.machine(), 'cores': cores,
-            'threads': torch.get_num_threads(), 'free_gib': round(free_memory()/2**30, 1)}
+    return {'system': platform.platform(), 'processor': platform.processor() or platform.machine(),
+            'cores': cores, 'threads': torch.get_num_threads(), 'free_gib': round(free_memory()/2**30, 1)}
 
 # %% ../nbs/07_proofs.ipynb #bd3cd1e2
 def _package_hash():
     "16 hex digits over the package's own modules"
-    import sft_nb.basics # its place is the package's
-    files = sorted(Path(sft_nb.basics.__file__).parent.glob('*.py'))
+    files = sorted(Path(basics.__file__).parent.glob('*.py'))
     return fingerprint(repr([(f.name, file_sha256(f)) for f in files]))
 
-
+# %% ../nbs/07_proofs.ipynb #3fbd7dc2
 def _hashes(case):
     "What was looked at, by its content"
     texts = json.dumps([r.raw for r in case.records], sort_keys=True, ensure_ascii=False)
     rows = repr([(r.ids.tolist(), r.learn.tolist()) for r in case.rows])
-    return {'package': _package_hash(), 'model': case.loaded.fingerprint, 'template': case.template.fingerprint,
-            'records': fingerprint(texts), 'rows': fingerprint(rows)}
+    return {'package': _package_hash(), 'model': case.loaded.fingerprint,
+            'template': case.template.fingerprint, 'records': fingerprint(texts), 'rows': fingerprint(rows)}
 
 # %% ../nbs/07_proofs.ipynb #0ba3c497
 @dataclass(frozen=True)
@@ -121,6 +122,18 @@ def _check_memory(model):
         raise InputError(f'prove: {5*n/2**30:.1f} GiB of files are written to {tempfile.gettempdir()}, '
                          f'{room:.1f} are free; make room, or set TMPDIR')
 
+# %% ../nbs/07_proofs.ipynb #8294ae47
+_PASSES = 90 # times that the rows are computed, as far as one forward pass is the unit
+
+
+def _guess_secs(case):
+    "How long the proofs will take, by one pass over the rows"
+    begun = time.perf_counter()
+    model = case.loaded.model.eval()
+    with torch.no_grad():
+        for row in case.rows: model(torch.from_numpy(row.ids[None].astype('int64')))
+    return 20 + _PASSES*(time.perf_counter() - begun)
+
 # %% ../nbs/07_proofs.ipynb #e08eea68
 def _open_case(cfg, folder, say):
     "What is proved on, with its model saved in `folder`"
@@ -140,21 +153,8 @@ def _open_case(cfg, folder, say):
     say(Stage('prove', about, records=len(case.records), ids=n_ids, secs=secs))
     return case
 
-# %% ../nbs/07_proofs.ipynb #8294ae47
-_PASSES = 60 # times that the rows are computed, as far as one forward pass is the unit
-
-
-def _guess_secs(case):
-    "How long the proofs will take, by one pass over the rows"
-    import time # nothing else here looks at a clock
-    begun = time.perf_counter()
-    model = case.loaded.model.eval()
-    with torch.no_grad():
-        for row in case.rows: model(torch.from_numpy(row.ids[None].astype('int64')))
-    return 20 + _PASSES*(time.perf_counter() - begun)
-
 # %% ../nbs/07_proofs.ipynb #5e33bc5b
-_PROOFS = {**TEXT_PROOFS, **MODEL_PROOFS, **RUN_PROOFS}
+_PROOFS = {**TEXT_PROOFS, **MODEL_PROOFS, **FILE_PROOFS, **RUN_PROOFS}
 
 
 def _prove_all(case, say):
@@ -162,13 +162,14 @@ def _prove_all(case, say):
     claims = []
     for name, proof in _PROOFS.items():
         claim = measure(name, proof, case)
-        say(Stage('', str(claim), **asdict(claim), holds=claim.holds))
+        say(Stage(claim.grade, claim.text, claim=claim.name, difference=claim.difference, bound=claim.bound,
+                  words=claim.words, secs=claim.secs))
         claims.append(claim)
     return claims
 
 # %% ../nbs/07_proofs.ipynb #132d25d4
 def prove(
-    cfg:JobConfig, # `data`, `model`, `template` and what belongs to rows count, `lora` and `train.seed` as well
+    cfg:JobConfig, # What belongs to data, rows and model counts, and `lora` and `train`
     out:str|Path|None = None, # File for the certificate, JSON; None: none is written
     say:Callable = print, # Where each line goes
 )->Certificate: # Its `holds` says whether all is well
