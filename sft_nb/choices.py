@@ -25,10 +25,10 @@ def _ruled(default, **limits):
     return field(default=default, metadata=rule(**limits))
 
 # %% ../nbs/00h_choices.ipynb #0dce85e9
-def _check_pair(
+def _checked_pair(
     cfg, # A `TrainConfig` whose single fields are right
-):
-    "Raise `InputError` for the rules that no field has alone"
+)->tuple: # Its `betas`
+    "AdamW's two averages, or `InputError` for one of the rules that no field has alone"
     betas = cfg.betas
     pair = isinstance(betas, (tuple, list)) and len(betas)==2
     if not (pair and all(type(b) in (int, float) and 0<=b<1 for b in betas)):
@@ -39,6 +39,7 @@ def _check_pair(
     if cfg.micro_batch_size and cfg.micro_batch_tokens:
         raise InputError(f'TrainConfig: micro_batch_size={cfg.micro_batch_size} and micro_batch_tokens='
                          f'{cfg.micro_batch_tokens} both say what is in memory at once; leave one out')
+    return tuple(betas)
 
 # %% ../nbs/00h_choices.ipynb #d4b2981f
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class TrainConfig:
     batch_size:int = _ruled(8, least=1) # Rows a step
     micro_batch_size:int = _ruled(0, least=0) # Rows in memory at once; 0: the whole batch
     micro_batch_tokens:int = _ruled(0, least=0) # Most tokens in memory at once; 0: `micro_batch_size` decides
+    length_window:int = _ruled(0, least=0) # Batches whose rows are sorted by length together; 0: by chance
     schedule:str = _ruled('cosine', one_of=_SCHEDULES) # How the rate falls after the warm-up
     warmup:float = _ruled(0.05, least=0, most=1) # Share of all steps over which the rate rises
     decay:float = _ruled(0.2, least=0, most=1) # Share of all steps in which 'wsd' falls; others ignore it
@@ -74,8 +76,7 @@ class TrainConfig:
 
     def __post_init__(self):
         check_fields(self)
-        _check_pair(self)
-        object.__setattr__(self, 'betas', tuple(self.betas))
+        object.__setattr__(self, 'betas', _checked_pair(self))
 
     def steps_per_epoch(self, n_rows:int)->int: # Steps of one pass over `n_rows`; the last may be smaller
         "`TrainConfig(batch_size=8).steps_per_epoch(935)` is 117"

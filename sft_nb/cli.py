@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['choose', 'job_config', 'main']
 
-# %% ../nbs/07a_cli.ipynb #b9b29b54
+# %% ../nbs/07a_cli.ipynb #2d37c2e4
 import argparse
 import os
 import sys
@@ -19,7 +19,7 @@ from .basics import InputError, json_text, near_misses
 from .choices import LORA_LR, JobConfig
 from .readers import file_kind
 from .split import split_records
-from .telling import Stage, Teller, hide_bars, show_json, show_line, show_nothing
+from .telling import Stage, Teller, hide_bars, hush_plots, show_json, show_line, show_nothing
 from .shelf import template_names
 from .options import OPTIONS, make_job, read_settings, settings_of, settings_text
 
@@ -410,6 +410,7 @@ def main(
     "Run one command"
     args = _build_parser().parse_args(argv)
     try:
+        if argv is None: hush_plots()
         if argv is None: _forgive_streams()
         if argv is None and args.command in ('run', 'train', 'respond', 'export', 'prove'): _use_tcmalloc()
         status = args.do(args) or 0

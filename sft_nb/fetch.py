@@ -46,7 +46,10 @@ def _cache_folder(cache_dir):
     except RuntimeError:
         raise InputError('default model: this user has no home directory for it, got no $HOME; '
                          'set SFT_NB_CACHE to a folder') from None
-    cache.mkdir(parents=True, exist_ok=True)
+    try: cache.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f'default model: {cache} cannot be made to keep it ({e.strerror}); '
+                         'set SFT_NB_CACHE to a folder') from None
     return cache
 
 # %% ../nbs/04i_fetch.ipynb #3d40bd2b

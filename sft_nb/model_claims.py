@@ -7,8 +7,9 @@ __all__ = ['MODEL_PROOFS', 'Witness', 'load_in_transformers', 'find_witness', 'e
            'padded_is_one_by_one', 'packs_are_rows', 'prefix_is_none', 'accumulation_is_full_batch',
            'bank_is_full_batch', 'masked_is_silent', 'cached_is_naive', 'answers_end_at_stops', 'chance_has_a_seed']
 
-# %% ../nbs/06o_model_claims.ipynb #45bb3670
+# %% ../nbs/06o_model_claims.ipynb #56f5fa5b
 import copy
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,8 +52,10 @@ def load_in_transformers(
     folder:Path, # A saved model
 )->tuple|None: # Its name and the model, in float32; None: it is not installed
     "The saved model as `transformers` loads it: `load_in_transformers(Path('runs/mine/model'))`"
+    logging.disable(logging.WARNING) # what its own imports complain about is not the user's
     try: import transformers # not everybody has it
     except ImportError: return None
+    finally: logging.disable(logging.NOTSET)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     load = transformers.AutoModelForCausalLM.from_pretrained
