@@ -18,6 +18,7 @@ from .basics import InputError, check_choice, check_fields, rule, shorten
 _SCHEDULES = 'cosine', 'linear', 'wsd', 'constant'
 _DTYPES = 'auto', 'float32', 'bfloat16'
 _ATTENTION = 'auto', 'products', 'fused', 'flex'
+_LOGGERS = '', 'tensorboard', 'wandb'
 
 
 def _ruled(default, **limits):
@@ -207,10 +208,15 @@ def _check_weights(weights):
         raise InputError("span_weights: must give 'reasoning', 'call' or 'answer' a number from 0, "
                          f'got {span!r}: {weight!r}; change it')
 
+# %% ../nbs/00h_choices.ipynb #1d570b97
+def _settle_job(cfg):
+    "Check a `JobConfig`, and make a rank alone the adapters of that rank"
+    check_fields(cfg)
+    _check_weights(cfg.span_weights or {})
+    if type(cfg.lora) is int:
+        object.__setattr__(cfg, 'lora', LoraConfig(cfg.lora) if cfg.lora else None)
+
 # %% ../nbs/00h_choices.ipynb #62b34b70
-_LOGGERS = '', 'tensorboard', 'wandb'
-
-
 @dataclass(frozen=True)
 class JobConfig:
     "All choices of a run: `JobConfig(data='my.json', out='runs/mine', train=TrainConfig(epochs=2))`"
@@ -229,12 +235,15 @@ class JobConfig:
     over_long:str = 'raise' # 'raise', 'drop', 'cut_prompt' or 'cut_answer'
     no_target:str = 'raise' # 'raise' or 'drop': a row in which nothing is learned
     model:str|Path|None = None # A folder, a .gguf file, a hub name; None: the default model
+    adapter:str|Path|None = None # A LoRA adapter on that model, or alone on its own; training goes on with it
     template:str|None = None # None: the model's own, else Alpaca
     force_template:bool = False # Use a tuned model in another template than its own
     thinking:str|None = None # 'on', 'off' or 'record'; None: as the model was tuned, else as the record is
     device:str = 'auto' # 'cpu', 'cuda', 'cuda:1', 'mps' ...; 'auto': the fastest that is sound
     train:TrainConfig = field(default_factory=TrainConfig) # How to train
     lora:LoraConfig|None = None # Train adapters and merge them; a number is their rank; None: all weights
+    keep_adapter:bool = False # Keep the adapter as a folder of its own, as `peft` writes it
+    merge:bool = True # Merge the adapter into a whole model; off: only the adapter is kept
     lora_4bit:bool = False # Keep the frozen weights in 4 bits while adapters learn; needs torchao
     preflight:bool = True # Check what can be known before training
     minutes:float|None = _ruled(None, above=0) # Fit the number of steps to the speed measured here
@@ -246,8 +255,4 @@ class JobConfig:
     judge:Any = None # A `Server` with a judge; None: no judge
     judging:Judging = field(default_factory=Judging) # How it is asked
 
-    def __post_init__(self):
-        check_fields(self)
-        _check_weights(self.span_weights or {})
-        if type(self.lora) is int:
-            object.__setattr__(self, 'lora', LoraConfig(self.lora) if self.lora else None)
+    def __post_init__(self): _settle_job(self)

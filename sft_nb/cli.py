@@ -5,92 +5,20 @@
 # %% auto #0
 __all__ = ['choose', 'job_config', 'main']
 
-# %% ../nbs/07a_cli.ipynb #2d37c2e4
+# %% ../nbs/07a_cli.ipynb #83c9fdcd
 import argparse
 import os
 import sys
-import re
 import signal
-from functools import partial
 from pathlib import Path
-from typing import Any
 from . import __version__
-from .basics import InputError, json_text, near_misses
+from .basics import InputError, json_text
 from .choices import LORA_LR, JobConfig
 from .readers import file_kind
 from .split import split_records
 from .telling import Stage, Teller, hide_bars, hush_plots, show_json, show_line, show_nothing
-from .shelf import template_names
 from .options import OPTIONS, make_job, read_settings, settings_of, settings_text
-
-# %% ../nbs/07a_cli.ipynb #91b0fb94
-def _near_flag(message):
-    "What comes near a flag that argparse does not know"
-    wrong = re.search(r'unrecognized arguments: --([\w-]+)', message)
-    hint = near_misses(wrong[1].replace('-', '_'), OPTIONS) if wrong else ''
-    if not hint.startswith('did you mean'): return ''
-    return '; ' + re.sub(r"'(\w+)'", lambda name: '--' + name[1].replace('_', '-'), hint)
-
-# %% ../nbs/07a_cli.ipynb #7344df2a
-class _OneLineParser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f'{self.prog}: {message}{_near_flag(message)}; {self.prog} --help shows what there is\n')
-
-# %% ../nbs/07a_cli.ipynb #8e6b69df
-_COMMAS = {'betas': float, 'stop_ids': int, 'lora_tokens': int, 'lora_targets': str}
-_SHOWN = {int: 'N', float: 'X', dict: 'A=B'}
-_PATHS = {'FILE': 'FILE', 'DATA': 'FILE', 'A': 'FILE', 'B': 'FILE', 'FOLDER': 'DIRECTORY', 'NAME': 'FILE'}
-_FILES = {'data': 'FILE', 'out': 'FOLDER', 'model': 'NAME', 'judge_url': 'URL'}
-
-
-def _listed(kind, text):
-    "The values between commas; one word that stands for many stays alone"
-    if text=='all': return text
-    return [kind(part.strip()) for part in text.split(',') if part.strip()]
-
-# %% ../nbs/07a_cli.ipynb #573ebe5f
-def _pair(kind, text):
-    "The two sides of A=B, the second of its kind"
-    old, _, new = text.partition('=')
-    try:
-        if old and new: return old, kind(new)
-    except ValueError: pass
-    wanted = 'A=B' if kind is str else 'A=B with a number for B'
-    raise argparse.ArgumentTypeError(f'write {wanted}, got {text!r}')
-
-# %% ../nbs/07a_cli.ipynb #335ef60d
-def _typed(option):
-    "What argparse is told of the values of an option"
-    if option.kind is bool: return {'action': argparse.BooleanOptionalAction}
-    how:dict[str, Any] = {'metavar': _FILES.get(option.name, _SHOWN.get(option.kind, 'TEXT'))}
-    if option.name in _COMMAS:
-        kind = _COMMAS[option.name]
-        return {'metavar': f'{_SHOWN.get(kind, "NAME")},...', 'type': partial(_listed, kind)}
-    if option.kind is dict:
-        kind = float if option.name=='span_weights' else str
-        return how | {'action': 'append', 'type': partial(_pair, kind)}
-    if option.kind is tuple: return how | {'action': 'append'}
-    return how | {'type': option.kind}
-
-# %% ../nbs/07a_cli.ipynb #d56492f0
-def _help_of(option):
-    "The words beside the field, and its default"
-    about = option.about.replace('None:', 'left out:').replace('%', '%%')
-    if option.name=='template': about += f"; there are {', '.join(template_names())}"
-    if option.kind is tuple and option.name not in _COMMAS: about += '; several times for several'
-    if option.default in (None, '', ()) or option.kind is bool: return about
-    default = option.default
-    shown = ','.join(map(str, default)) if isinstance(default, tuple) else default
-    return f'{about} [{shown}]'
-
-# %% ../nbs/07a_cli.ipynb #4812b7e8
-def _add_options(parser, *groups):
-    "Give `parser` the options of `groups`; those that are left out stay out of what it returns"
-    for group in groups:
-        shelf = parser.add_argument_group(f'{group} options')
-        for option in (o for o in OPTIONS.values() if o.group==group):
-            how = _typed(option) | {'help': _help_of(option), 'default': argparse.SUPPRESS}
-            shelf.add_argument(option.flag, **how)
+from .flags import OneLineParser, add_options
 
 # %% ../nbs/07a_cli.ipynb #ce27c99a
 def _run_folder(args):
@@ -123,6 +51,14 @@ def _check_length(file, flags):
         raise InputError(f'{both}: each says how long the run is; give one of them')
     return {name: v for name, v in file.items() if not (given and name in _LENGTHS)}
 
+# %% ../nbs/07a_cli.ipynb #304d7b24
+def _adapter_asked(values):
+    "The option by which adapters will learn, or ''"
+    asked = next((name for name in ('lora', 'adapter') if values.get(name)), '')
+    model = values.get('model')
+    if not asked and model and (Path(model)/'adapter_config.json').is_file(): asked = 'model'
+    return OPTIONS[asked].flag if asked else ''
+
 # %% ../nbs/07a_cli.ipynb #3b13b59f
 def choose(
     args:argparse.Namespace, # Parsed options; those that were left out are missing
@@ -134,9 +70,10 @@ def choose(
     file = _check_length(file, flags)
     sources = dict.fromkeys(file, str(path)) | {name: OPTIONS[name].flag for name in flags}
     values = file | flags
-    if values.get('lora') and 'lr' not in values:
+    asked = _adapter_asked(values)
+    if asked and 'lr' not in values:
         values['lr'] = LORA_LR
-        sources['lr'] = 'default with --lora'
+        sources['lr'] = f'default with {asked}'
     return values, sources
 
 # %% ../nbs/07a_cli.ipynb #9b03f04f
@@ -267,7 +204,7 @@ def _export(args):
         raise InputError(f'export: two models, got {args.source!r} and --model {cfg.model!r}; give one')
     records = None if args.held_out is None else load_records(args.held_out)
     name = cfg.model if args.source is None else args.source
-    export_model(name, args.to, args.kind, records, template=cfg.template)
+    export_model(name, args.to, args.kind, records, template=cfg.template, adapter=cfg.adapter)
 
 # %% ../nbs/07a_cli.ipynb #a60275d7
 def _config(args):
@@ -276,7 +213,7 @@ def _config(args):
     settings = settings_of(make_job(values))
     print(json_text(settings, 4) if args.json else settings_text(settings, sources))
 
-# %% ../nbs/07a_cli.ipynb #0bf5ca2e
+# %% ../nbs/07a_cli.ipynb #ef14bd53
 _COMMANDS = {
     'run': (_run, 'data rows model train adapters run answers judge folder',
             'tune, answer before and after, score, report'),
@@ -293,15 +230,16 @@ _COMMANDS = {
 _EXAMPLES = {
     'run': ('run', 'run --data my.json --name mine --epochs 2', 'run --config my.toml --lr 5e-5 --name again',
             'run --minutes 10 --data my.json',
-            'run --lora 16 --lora-alpha 32 --model Qwen/Qwen2.5-0.5B-Instruct',
+            'run --lora 16 --lora-alpha 32 --model Qwen/Qwen2.5-0.5B-Instruct --keep-adapter',
             'run --config runs/mine/config.json --name the-same'),
-    'train': ('train --data my.json --best --patience 3', 'train --data my.json --resume'),
+    'train': ('train --data my.json --best --patience 3', 'train --data my.json --resume',
+              'train --adapter runs/mine/adapter --data more.json --name further'),
     'respond': ('respond --model runs/mine/model --data more.json --out answers.json',
                 'respond --model gpt2 --data more.json --out answers.json --temperature 0.7 --top-p 0.9'),
     'judge': ('judge answers.json --judge-url http://127.0.0.1:8000/v1',),
     'compare': ('compare runs/mine/responses-before.json runs/mine/responses.json --out compared',),
     'inspect': ('inspect my.json --rows 1',),
-    'chat': ('chat --model runs/mine/model --temperature 0.7',),
+    'chat': ('chat --model runs/mine/model --temperature 0.7', 'chat --adapter runs/mine/adapter'),
     'prove': ('prove --model runs/mine/model --data my.json --out certificate.json',),
     'export': ('export runs/mine/model --to mine.gguf --as q8_0',),
     'config': ('config --lora 8 > my.toml', 'config --config my.toml --lr 1e-5')}
@@ -353,6 +291,9 @@ def _add_completion(commands):
     command.set_defaults(do=_completion)
 
 # %% ../nbs/07a_cli.ipynb #5f2806c7
+_PATHS = {'FILE': 'FILE', 'DATA': 'FILE', 'A': 'FILE', 'B': 'FILE', 'FOLDER': 'DIRECTORY', 'NAME': 'FILE'}
+
+
 def _completion(args):
     "Write what a shell needs to complete words"
     import shtab # only this command needs it
@@ -370,7 +311,7 @@ def _build_parser(
 )->argparse.ArgumentParser: # Knows every command
     "The parser of the whole command line"
     about = 'Instruction fine-tuning of language models, notebook first.'
-    parser = _OneLineParser(prog='sft_nb', description=about)
+    parser = OneLineParser(prog='sft_nb', description=about)
     parser.add_argument('--version', action='version', version=f'sft_nb {__version__}')
     commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
     for name, (do, groups, about) in _COMMANDS.items():
@@ -379,7 +320,7 @@ def _build_parser(
             name, help=about, description=do.__doc__, epilog=f'examples:\n{examples}',
             formatter_class=argparse.RawDescriptionHelpFormatter)
         command.set_defaults(do=do, groups=groups.split())
-        _add_options(command, *groups.split())
+        add_options(command, *groups.split())
     _add_files(commands.choices)
     _add_completion(commands)
     return parser

@@ -277,6 +277,7 @@ def export_model(
     records:Sequence|None = None, # Held-out `Record`s with answers; None: those of the project's own data
     *,
     template:Any = None, # A template or its name; None: the model's own, else Alpaca
+    adapter:Any = None, # An adapter that is merged into the model first
     n_answers:int = 20, # Records that are answered
     say:Callable = print, # Where progress goes
 )->Proof: # What was measured; also kept in `export.json` beside the file
@@ -285,7 +286,7 @@ def export_model(
     if to.exists(): raise FileExistsError(f'{to}: exists; choose another name or remove it')
     if records is None: records = split_records(load_records(default_data_file())).test
     records = list(records)[:32]
-    loaded = load_model(name)
+    loaded = load_model(name, adapter=adapter)
     chosen = get_template(template) if template else loaded.template or get_template('alpaca')
     note = _note(loaded.cfg)
     try: proof, wrong = _export_and_listen(loaded, chosen, to, asked, records, n_answers=n_answers)
@@ -302,12 +303,13 @@ def export_model(
 
 # %% ../nbs/04r_proof.ipynb #84a65e47
 def export_run(
-    out:Path, # A run folder with `model`
+    out:Path, # A run folder with `model`, or with `adapter` alone
     kind:str, # One of `EXPORT_KINDS`
     records:Sequence, # Held-out `Record`s
     say:Callable = print, # Where progress goes
 )->Path: # The file in it; one that a resumed run left there is kept
     "Export the model of a run: `export_run(Path('runs/mine'), 'q8_0', split.test)`"
     to = out/f'model-{kind}.gguf'
-    if not to.exists(): export_model(out/'model', to, kind, records, say=say)
+    folder = out/'model' if (out/'model').exists() else out/'adapter'
+    if not to.exists(): export_model(folder, to, kind, records, say=say)
     return to

@@ -63,6 +63,9 @@ def _copy_both(case):
         own = dict(model.named_parameters()).get(name)
         p.data.copy_(where[name].get_tensor(name) if own is None else own.data)
 
+# %% ../nbs/06q_run_claims.ipynb #a3c1c197
+def _quiet(text): "Say nothing"
+
 # %% ../nbs/06q_run_claims.ipynb #96720156
 def _check_room(case, n_bytes, what):
     "Leave a claim out where the memory for it is not there"
@@ -89,8 +92,9 @@ def training_is_the_plain_loop(
     pad_id = case.loaded.tokenizer.pad_id or 0
     ids_BT, labels_BT, _ = lay_flat(rows, share_prefix=False).rectangle(pad_id)
     rates = [plain_rate(step, 3, cfg.lr, cfg.warmup) for step in range(3)]
+    case.held['witness'].module.zero_grad(set_to_none=True)
     try:
-        log = train(case.loaded.model, rows, (), cfg, say=lambda text: None)
+        log = train(case.loaded.model, rows, (), cfg, say=_quiet)
         want = plain_train(_Logits(case.held['witness']), [[(ids_BT, labels_BT)]]*3, rates)
     finally: _copy_both(case)
     pairs = zip(log.steps, want, strict=True)
@@ -98,9 +102,6 @@ def training_is_the_plain_loop(
     found = max(abs(step.loss - loss) for step, loss in pairs)/fell
     losses = ', '.join(f'{loss:.4f}' for loss in want)
     return found, .02, f'of what the loss falls by in three steps, {losses}'
-
-# %% ../nbs/06q_run_claims.ipynb #a3c1c197
-def _quiet(text): "Say nothing"
 
 # %% ../nbs/06q_run_claims.ipynb #ca36a1da
 def _trained(model):

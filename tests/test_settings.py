@@ -75,7 +75,7 @@ def test_a_flag_lands_in_its_field_and_nowhere_else(name):
     assert field_of(before, option) != got
     plain = [settings_of(cfg) for cfg in (before, after)]
     changed = {k for k in plain[0] if plain[0][k] != plain[1][k]}
-    assert changed <= {name} | ({'lr', 'lora'} if name == 'lora' else set()), changed
+    assert changed <= {name} | ({'lr', 'lora'} if name == 'lora' else {'lr'} if name == 'adapter' else set()), changed
 
 
 @pytest.mark.parametrize('name', OPTIONS)
