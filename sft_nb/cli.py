@@ -198,13 +198,15 @@ def _prove(args):
 def _export(args):
     "Write a model as one GGUF file, read it back, and compare what both say"
     from sft_nb.proof import export_model # torch is not for a quick --help
+    from sft_nb.ollama import export_for_ollama # likewise
     from sft_nb.readers import load_records # nor are its neighbours
     cfg = job_config(args)
     if None not in (args.source, cfg.model):
         raise InputError(f'export: two models, got {args.source!r} and --model {cfg.model!r}; give one')
     records = None if args.held_out is None else load_records(args.held_out)
     name = cfg.model if args.source is None else args.source
-    export_model(name, args.to, args.kind, records, template=cfg.template, adapter=cfg.adapter)
+    write = export_for_ollama if args.ollama else export_model
+    write(name, args.to, args.kind, records, template=cfg.template, adapter=cfg.adapter)
 
 # %% ../nbs/07a_cli.ipynb #a60275d7
 def _config(args):
@@ -241,7 +243,8 @@ _EXAMPLES = {
     'inspect': ('inspect my.json --rows 1',),
     'chat': ('chat --model runs/mine/model --temperature 0.7', 'chat --adapter runs/mine/adapter'),
     'prove': ('prove --model runs/mine/model --data my.json --out certificate.json',),
-    'export': ('export runs/mine/model --to mine.gguf --as q8_0',),
+    'export': ('export runs/mine/model --to mine.gguf --as q8_0',
+               'export runs/mine/model --to mine.gguf --as q8_0 --ollama'),
     'config': ('config --lora 8 > my.toml', 'config --config my.toml --lr 1e-5')}
 
 # %% ../nbs/07a_cli.ipynb #98f51c63
@@ -275,6 +278,7 @@ def _add_files(commands):
     kinds = 'f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0 [f16]'
     export.add_argument('--as', dest='kind', default='f16', metavar='KIND', help=kinds)
     export.add_argument('--data', dest='held_out', metavar='FILE', help='records to compare on')
+    export.add_argument('--ollama', action='store_true', help='write a Modelfile for Ollama beside it')
     inspect = commands['inspect']
     inspect.add_argument('file', nargs='?', metavar='DATA', help='the same as --data')
     inspect.add_argument('--dedupe', metavar='OUT', help='write the records without near duplicates there')
