@@ -271,8 +271,7 @@ def _add_files(commands):
         commands[name].add_argument('--dry-run', action='store_true', help=about)
     for name in ('judge', 'compare'):
         commands[name].add_argument('--out', metavar='FOLDER', help='write a report there')
-    about = 'write the certificate there, as JSON'
-    commands['prove'].add_argument('--out', dest='certificate', metavar='FILE', help=about)
+    commands['prove'].add_argument('--out', dest='certificate', metavar='FILE', help='write the proofs there')
     respond = commands['respond']
     respond.add_argument('--out', metavar='FILE', required=True, help='responses file to write')
     parts = ['all', 'train', 'test', 'val']
