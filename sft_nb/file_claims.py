@@ -108,7 +108,7 @@ def copy_back(
     "Give the model the weights that were saved"
     model = case.loaded.model
     files = [safe_open(path, 'pt') for path in (case.folder/'model').glob('*.safetensors')]
-    where = {}
+    where:dict = {}
     for file in files:
         names = file.keys()
         where |= dict.fromkeys(names, file)
@@ -155,7 +155,7 @@ def saved_is_loaded(
 )->tuple: # Things that differ, 0, and words
     "Weights, settings, ids, template and stops come back from the folder as they were, to the last bit"
     ours = case.loaded
-    again = load_model(case.folder/'model')
+    again:Any = load_model(case.folder/'model')
     pairs = zip(ours.model.named_parameters(), again.model.named_parameters(), strict=True)
     wrong = [n for (n, p), (m, q) in pairs if n!=m or not torch.equal(p, q)]
     n_weights = len(list(again.model.parameters()))
