@@ -232,6 +232,12 @@ def _export(args):
     write = export_for_ollama if args.ollama else export_model
     write(name, args.to, args.kind, records, template=cfg.template, adapter=cfg.adapter)
 
+# %% ../nbs/07a_cli.ipynb #8599fbbe
+def _push(args):
+    "Send a model or an adapter to the Hugging Face Hub, with the token in $HF_TOKEN; private by default"
+    from sft_nb.push import push_model # the hub's library is not for a quick --help
+    push_model(args.repo, args.folder, public=args.public, dry_run=args.dry_run)
+
 # %% ../nbs/07a_cli.ipynb #a60275d7
 def _config(args):
     "Show every setting and where it comes from, as a file for --config"
@@ -250,6 +256,7 @@ _COMMANDS = {
     'inspect': (_inspect, 'data rows model', 'show what training would see'),
     'chat': (_chat, 'model answers', 'talk to a model'),
     'export': (_export, 'model', 'write a model as a GGUF file, read it back, compare'),
+    'push': (_push, '', 'send a model to the Hugging Face Hub'),
     'config': (_config, 'data rows model train adapters run answers judge folder',
                'show every setting and where it comes from')}
 _EXAMPLES = {
@@ -267,6 +274,7 @@ _EXAMPLES = {
     'chat': ('chat --model runs/mine/model --temperature 0.7', 'chat --adapter runs/mine/adapter'),
     'export': ('export runs/mine/model --to mine.gguf --as q8_0',
                'export runs/mine/model --to mine.gguf --as q8_0 --ollama'),
+    'push': ('push me/mine --model runs/mine/model --dry-run', 'push me/mine --model runs/mine/adapter'),
     'config': ('config --lora 8 > my.toml', 'config --config my.toml --lr 1e-5')}
 
 # %% ../nbs/07a_cli.ipynb #98f51c63
@@ -299,6 +307,12 @@ def _add_files(commands):
     export.add_argument('--as', dest='kind', default='f16', metavar='KIND', help=kinds)
     export.add_argument('--data', dest='held_out', metavar='FILE', help='records to compare on')
     export.add_argument('--ollama', action='store_true', help='write a Modelfile for Ollama beside it')
+    push = commands['push']
+    push.add_argument('repo', metavar='REPO', help='OWNER/NAME on the Hub, or a NAME of your own')
+    about = 'a model or an adapter [runs/default/model]'
+    push.add_argument('--model', dest='folder', default='runs/default/model', metavar='FOLDER', help=about)
+    push.add_argument('--public', action='store_true', help='let everybody see it; else it is private')
+    push.add_argument('--dry-run', action='store_true', help='only tell what would be sent')
     inspect = commands['inspect']
     inspect.add_argument('file', nargs='?', metavar='DATA', help='the same as --data')
     inspect.add_argument('--dedupe', metavar='OUT', help='write the records without near duplicates there')

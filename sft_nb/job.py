@@ -39,6 +39,7 @@ from .options import settings_of
 from .opening import open_model
 from .kept import check_adapters, check_row_decay
 from .kept import keep_model, kept_folder
+from .card import write_cards
 from .telling import Stage, as_teller, bars_wanted, new_folder
 from .proof import export_run
 from .export import gguf_settings
@@ -309,6 +310,7 @@ def tune_job(
         folder.mkdir(parents=True, exist_ok=True)
         tell.keep_in(folder)
         _train_job(job, checked, cfg, tell)
+        write_cards(folder)
         if cfg.export: export_run(folder, cfg.export, job.split.test, tell)
     return kept_folder(cfg)
 
@@ -354,6 +356,7 @@ def run_job(
         log = _train_job(job, checked, cfg, tell)
         answer_part(job, job.split.test, out/'responses.json', cfg, tell)
         data = _report(out, cfg, _run_facts(cfg, settings, log, job.look))
+        write_cards(out, data)
         for line in [*score_lines(data), *judge_lines(data)]: tell(line)
         tell(Stage('report', str(out/'report.html'), path=str(out/'report.html')))
         job.loaded = None # the file needs its memory

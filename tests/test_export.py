@@ -12,7 +12,8 @@ from sft_nb.adapters import save_adapter
 from sft_nb.basics import InputError
 from sft_nb.choices import LoraConfig
 from sft_nb.data import as_records
-from sft_nb.export import EXPORT_KINDS, gguf_settings, write_gguf
+from sft_nb.choices import EXPORT_KINDS
+from sft_nb.export import gguf_settings, write_gguf
 from sft_nb.families import FAMILIES, hf_tensors
 from sft_nb.gguf_file import open_gguf, read_gguf
 from sft_nb.loading import load_model
@@ -26,26 +27,27 @@ from test_model import V, gguf_model, ids_of, random_model
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def toy_tokenizer(n_words=V-2):
-    "Bytes, as many as there is room for, and an end"
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet(), key=lambda c: (not c.isascii(), c))[:n_words]
-    tok = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+def toy_tokenizer(n_ids=V, end="<e>"):
+    "Bytes, as many as there is room for, one merge of two and an end"
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet(), key=lambda c: (not c.isascii(), c))[:n_ids-3]
+    tok = Tokenizer(models.BPE({c: i for i, c in enumerate([*alphabet, 'is'])}, [('i', 's')]))
     tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tok.add_special_tokens(['<s>', '<e>'])
-    return JsonTokenizer(tok, 'toy', '<e>', config=dict(bos_token='<s>'))
+    tok.add_special_tokens(["<s>", end])
+    return JsonTokenizer(tok, "toy", end, config=dict(bos_token='<s>'))
 
 
 RECORDS = as_records([dict(instruction=f'Say {n}.', input='', output=f'It is {n}.') for n in range(4, 10)])
 
 
-def toy_folder(family, tmp_path, **change):
+def toy_folder(family, tmp_path, tokenizer=None, **change):
     "A small model of a family that GGUF can hold, in a folder"
-    hf = gguf_model('gemma3' if family=='gemma3_text' else family, **change)
+    tokenizer = tokenizer or toy_tokenizer()
+    hf = gguf_model('gemma3' if family=='gemma3_text' else family, **dict(vocab_size=tokenizer.n_vocab) | change)
     if family=='gpt2': hf.config.activation_function = 'gelu_new'
-    for c in (hf.config, hf.generation_config): c.bos_token_id, c.eos_token_id = V-2, V-1
+    for c in (hf.config, hf.generation_config): c.bos_token_id, c.eos_token_id = tokenizer.token_id('<s>'), tokenizer.eos_id
     hf.save_pretrained(tmp_path/'hf')
     model = load_model(tmp_path/'hf').model
-    return save_model(tmp_path/'model', model, toy_tokenizer(), get_template('alpaca')), model
+    return save_model(tmp_path/'model', model, tokenizer, get_template('alpaca')), model
 
 
 @pytest.mark.parametrize('seed', range(4))
@@ -115,7 +117,7 @@ def test_bad_input_ends_in_one_line(tmp_path):
     (tmp_path/'empty').mkdir()
     (tmp_path/'there.gguf').write_text('x')
     before = sorted(p.name for p in tmp_path.iterdir())
-    for words, why in (((folder, '--to', tmp_path/'a.gguf', '--as', 'q8'), "did you mean 'q8_0'"), ((folder, '--to', tmp_path/'there.gguf'), 'exists'),
+    for words, why in (((folder, '--to', tmp_path/'a.gguf', '--as', 'q8'), "did you mean 'q8_0'"), ((folder, '--to', tmp_path/'a.gguf', '--as', 'q4_k_m'), "'q4_k_m' is read but cannot be written"), ((folder, '--to', tmp_path/'there.gguf'), 'exists'),
                        ((tmp_path/'empty', '--to', tmp_path/'a.gguf'), 'config.json'), ((bare, '--to', tmp_path/'a.gguf'), 'tokenizer'),
                        ((folder, '--to', tmp_path/'no'/'a.gguf'), 'no such folder')):
         done = run('export', *words)
@@ -140,6 +142,37 @@ def test_files_have_the_rights_that_the_user_gives(umask, tmp_path):
     rights = {p.name: stat.S_IMODE(p.stat().st_mode) for p in made}
     assert 'model.safetensors' in rights and 'adapter_model.safetensors' in rights
     assert rights=={p.name: (0o777 if p.is_dir() else 0o666) & ~umask for p in made}
+
+
+def test_a_file_tells_the_licence_of_its_base(tmp_path):
+    "The saved folder's own licence, else that of the folder or file it was tuned from"
+    folder, _ = toy_folder('llama', tmp_path)
+    got = load_model(folder)
+    (tmp_path/'hf'/'README.md').write_text('---\nlanguage: en\nlicense: gemma\n---\n# A model\n')
+    def told(name, **meta):
+        tuned = save_model(tmp_path/name, got.model, got.tokenizer, got.template, meta)
+        export_model(tuned, tmp_path/f'{name}.gguf', 'q8_0', RECORDS, n_answers=1, say=str)
+        get, _ = open_gguf(tmp_path/f'{name}.gguf')
+        return [get(f'general.{k}') for k in ('license', 'base_model.0.name', 'base_model.0.repo_url', 'dataset.0.name', 'dataset.0.repo_url', 'size_label')]
+    assert told('a', base=str(tmp_path/'hf'), data='hub:toys/sums')==['gemma', 'hf', None, 'toys/sums', 'https://huggingface.co/datasets/toys/sums', '75K']
+    assert told('b', base=str(tmp_path/'a.gguf'), data='x/my.json')[:4]==['gemma', 'a.gguf', None, 'my.json']
+    assert told('c', base='smollm2-135m-instruct')[:3]==['apache-2.0', 'smollm2-135m-instruct', None]
+    assert told('d', base='toys/tiny', license='mit')[:3]==['mit', 'toys/tiny', 'https://huggingface.co/toys/tiny']
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('family', ['gpt2', 'llama', 'mistral', 'qwen2', 'qwen3', 'phi3', 'gemma', 'gemma2', 'gemma3_text'])
+def test_llama_cpp_computes_the_same(family, tmp_path):
+    "The logits of a small model of each family in 32 bits, as far as llama.cpp's cache of 16 bits allows"
+    llama = pytest.importorskip('llama_cpp', reason='llama-cpp-python is not installed: pip install llama-cpp-python')
+    folder, model = toy_folder(family, tmp_path, toy_tokenizer(259), **dict(sliding_window=None) if family=='phi3' else {})
+    export_model(folder, tmp_path/'m.gguf', 'f32', RECORDS, n_answers=1, say=str)
+    theirs = llama.Llama(str(tmp_path/'m.gguf'), n_ctx=64, logits_all=True, verbose=False)
+    ids = ids_of(1, 40)
+    theirs.eval(ids[0].tolist())
+    logits = torch.from_numpy(theirs.scores[:40].copy())
+    theirs.close()
+    with torch.no_grad(): assert_close(logits, model(ids)[0], atol=1e-2, rtol=0)
 
 
 @pytest.mark.slow
