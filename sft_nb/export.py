@@ -21,35 +21,12 @@ from torch import Tensor
 
 from .basics import InputError
 from .choices import check_export_kind
-from .templates import TextTemplate
-from .shelf import as_jinja
-from .vocabulary import gguf_vocabulary
-from .model import ModelConfig, count_parameters
-from .positions import rope_frequencies
-from .families import hf_tensors, stop_ids
-from .gguf_file import file_rows, gguf_names, in_file_order, stored_less
-
-# %% ../nbs/04q_export.ipynb #9478d50e
-import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
-
-import gguf
-import numpy as np
-import torch
-from torch import Tensor
-
-from .basics import InputError, check_choice
 from .data import Message
 from .templates import Template, TextTemplate
 from .chat import ChatTemplate
 from .shelf import as_jinja
 from .vocabulary import gguf_vocabulary
-from .model import ModelConfig
+from .model import ModelConfig, count_parameters
 from .positions import rope_frequencies
 from .families import hf_tensors, stop_ids
 from .gguf_file import file_rows, gguf_names, in_file_order, stored_less
