@@ -99,7 +99,7 @@ def _train(args):
     from sft_nb.job import plan_job, tune_job # torch is not for a quick --help
     cfg = job_config(args)
     say = _teller(args)
-    if args.dry_run: plan_job(cfg, say)
+    if args.dry_run: plan_job(cfg, say, answers=False)
     else: tune_job(cfg, say)
 
 # %% ../nbs/07a_cli.ipynb #a0eff1f0
@@ -194,17 +194,33 @@ def _prove(args):
     if args.quiet: print(*certificate.red, sep='\n', end='', file=sys.stderr)
     return 0 if certificate.holds else 1
 
+# %% ../nbs/07a_cli.ipynb #52ffc5db
+def _export_thin(args, name):
+    "Export an adapter alone, raising `InputError` for what only a whole model can have"
+    from sft_nb.adapter_file import export_adapter # torch is not for a quick --help
+    given = {'--ollama': args.ollama, '--data': args.held_out}
+    odd = [flag for flag, value in given.items() if value]
+    if odd:
+        raise InputError(f'export: {odd[0]} is for a whole model, got the adapter {name}; give it with '
+                         '--adapter, and it is merged')
+    export_adapter(name, args.to, args.kind)
+
 # %% ../nbs/07a_cli.ipynb #630055d6
 def _export(args):
     "Write a model as one GGUF file, read it back, and compare what both say"
     from sft_nb.proof import export_model # torch is not for a quick --help
     from sft_nb.ollama import export_for_ollama # likewise
+    from sft_nb.adapters import is_adapter # likewise
     from sft_nb.readers import load_records # nor are its neighbours
     cfg = job_config(args)
     if None not in (args.source, cfg.model):
         raise InputError(f'export: two models, got {args.source!r} and --model {cfg.model!r}; give one')
-    records = None if args.held_out is None else load_records(args.held_out)
     name = cfg.model if args.source is None else args.source
+    thin = name is not None and is_adapter(name) and cfg.adapter is None
+    if thin:
+        _export_thin(args, name)
+        return
+    records = None if args.held_out is None else load_records(args.held_out)
     write = export_for_ollama if args.ollama else export_model
     write(name, args.to, args.kind, records, template=cfg.template, adapter=cfg.adapter)
 
@@ -251,15 +267,26 @@ _EXAMPLES = {
     'chat': ('chat --model runs/mine/model --temperature 0.7', 'chat --adapter runs/mine/adapter'),
     'prove': ('prove --model runs/mine/model --data my.json --out certificate.json',),
     'export': ('export runs/mine/model --to mine.gguf --as q8_0',
-               'export runs/mine/model --to mine.gguf --as q8_0 --ollama'),
+               'export runs/mine/model --to mine.gguf --as q8_0 --ollama',
+               'export runs/mine/adapter --to adapter.gguf'),
     'push': ('push me/mine --model runs/mine/model --dry-run', 'push me/mine --model runs/mine/adapter'),
     'config': ('config --lora 8 > my.toml', 'config --config my.toml --lr 1e-5')}
+
+# %% ../nbs/07a_cli.ipynb #0dc693c0
+def _add_push(push):
+    "What the command `push` takes"
+    push.add_argument('repo', metavar='REPO', help='OWNER/NAME on the Hub, or a NAME of your own')
+    about = 'a model or an adapter [runs/default/model]'
+    push.add_argument('--model', dest='folder', default='runs/default/model', metavar='FOLDER', help=about)
+    push.add_argument('--public', action='store_true', help='let everybody see it; else it is private')
+    push.add_argument('--dry-run', action='store_true', help='only tell what would be sent')
 
 # %% ../nbs/07a_cli.ipynb #98f51c63
 def _add_files(commands):
     "The files and folders that commands read and write"
     about = 'settings in TOML, or the JSON that a run wrote'
-    for command in commands.values(): command.add_argument('--config', metavar='FILE', help=about)
+    for name, command in commands.items():
+        if name!='push': command.add_argument('--config', metavar='FILE', help=about)
     for name in ('run', 'train', 'config'):
         commands[name].add_argument('--name', help='run folder runs/NAME [default]')
     commands['config'].add_argument('--json', action='store_true', help='as JSON instead of TOML')
@@ -280,18 +307,14 @@ def _add_files(commands):
     commands['compare'].add_argument('before', metavar='A', help='responses file of the first model')
     commands['compare'].add_argument('after', metavar='B', help='responses file of the second model')
     export = commands['export']
-    export.add_argument('source', nargs='?', metavar='MODEL', help='the same as --model')
+    about = 'the same as --model; an adapter is exported for the --lora of llama.cpp'
+    export.add_argument('source', nargs='?', metavar='MODEL', help=about)
     export.add_argument('--to', metavar='FILE', required=True, help='GGUF file to write')
     kinds = 'f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0 [f16]'
     export.add_argument('--as', dest='kind', default='f16', metavar='KIND', help=kinds)
     export.add_argument('--data', dest='held_out', metavar='FILE', help='records to compare on')
     export.add_argument('--ollama', action='store_true', help='write a Modelfile for Ollama beside it')
-    push = commands['push']
-    push.add_argument('repo', metavar='REPO', help='OWNER/NAME on the Hub, or a NAME of your own')
-    about = 'a model or an adapter [runs/default/model]'
-    push.add_argument('--model', dest='folder', default='runs/default/model', metavar='FOLDER', help=about)
-    push.add_argument('--public', action='store_true', help='let everybody see it; else it is private')
-    push.add_argument('--dry-run', action='store_true', help='only tell what would be sent')
+    _add_push(commands['push'])
     inspect = commands['inspect']
     inspect.add_argument('file', nargs='?', metavar='DATA', help='the same as --data')
     inspect.add_argument('--dedupe', metavar='OUT', help='write the records without near duplicates there')
