@@ -102,7 +102,7 @@ def _train(args):
     from sft_nb.job import plan_job, tune_job # torch is not for a quick --help
     cfg = job_config(args)
     say = _teller(args)
-    if args.dry_run: plan_job(cfg, say)
+    if args.dry_run: plan_job(cfg, say, answers=False)
     else: tune_job(cfg, say)
 
 # %% ../nbs/07a_cli.ipynb #a0eff1f0
