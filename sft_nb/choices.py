@@ -259,6 +259,7 @@ class JobConfig:
     merge:bool = True # Merge the adapter into a whole model; off: only the adapter is kept
     lora_4bit:bool = False # Keep the frozen weights in 4 bits while adapters learn; needs torchao
     preflight:bool = True # Check what can be known before training
+    stream:bool = False # Train while the rest is being encoded; records and rows lie on the disk
     minutes:float|None = _ruled(None, above=0) # Fit the number of steps to the speed measured here
     logger:str = _ruled('', one_of=_LOGGERS) # 'tensorboard' or 'wandb': where the numbers go
     how:Sampling = field(default_factory=Sampling) # How answers are chosen

@@ -10,16 +10,13 @@ import argparse
 import os
 import sys
 import signal
-from dataclasses import replace
 from pathlib import Path
 from . import __version__
 from .basics import InputError, json_text
 from .choices import LORA_LR, JobConfig
-from .data import Message, Record
 from .readers import file_kind
 from .split import split_records
 from .telling import Stage, Teller, hide_bars, hush_plots, show_json, show_line, show_nothing
-from .templates import TextTemplate
 from .options import OPTIONS, make_job, read_settings, settings_of, settings_text
 from .flags import OneLineParser, add_options
 
@@ -102,7 +99,7 @@ def _train(args):
     from sft_nb.job import plan_job, tune_job # torch is not for a quick --help
     cfg = job_config(args)
     say = _teller(args)
-    if args.dry_run: plan_job(cfg, say)
+    if args.dry_run: plan_job(cfg, say, answers=False)
     else: tune_job(cfg, say)
 
 # %% ../nbs/07a_cli.ipynb #a0eff1f0
@@ -183,54 +180,55 @@ def _inspect(args):
         print(view_record(record, job.template, job.loaded.tokenizer, loss_on=cfg.loss_on,
                           max_length=row_limit(job, cfg), over_long=cfg.over_long))
 
-# %% ../nbs/07a_cli.ipynb #619e1e51
-def _read_line():
-    "One line from the user, with a prompt if somebody is there to see it; '' at the end of input"
-    try: return input('> ' if sys.stdin.isatty() else '').strip()
-    except EOFError: return ''
-
 # %% ../nbs/07a_cli.ipynb #436b8b78
 def _chat(args):
     "Talk to a model; an empty line or the end of input ends the talk"
-    import torch # not for a quick --help
-    from sft_nb.rows import encode_prompt # likewise
-    from sft_nb.sampling import default_stop_ids # likewise
-    from sft_nb.generation import stream # likewise
-    from sft_nb.opening import open_model # likewise
-    cfg = job_config(args)
-    loaded, template, _ = open_model(cfg, say=lambda text: None)
-    tokenizer = loaded.tokenizer
-    until = cfg.until
-    if until.ids is None: until = replace(until, ids=default_stop_ids(loaded.model, tokenizer, template))
-    chance = torch.Generator().manual_seed(cfg.answer_seed)
-    alone = isinstance(template, TextTemplate)
-    if alone:
-        print(f'template {template.name} holds one question: each is asked without those before it',
-              file=sys.stderr)
-    turns:list = []
-    while asked := _read_line():
-        turns = [*([] if alone else turns), Message('user', asked)]
-        prompt = encode_prompt(Record(tuple(turns), {}), template, tokenizer)
-        said = ''
-        for piece in stream(loaded.model, tokenizer, prompt, cfg.how, until, generator=chance):
-            print(piece, end='', flush=True)
-            said += piece
-        print()
-        turns.append(Message('assistant', said))
+    from sft_nb.talk import talk # torch is not for a quick --help
+    talk(job_config(args))
+
+# %% ../nbs/07a_cli.ipynb #b8695f49
+def _prove(args):
+    "Measure what this library claims on your own model and records; a red line is status 1"
+    from sft_nb.proofs import prove # torch is not for a quick --help
+    certificate = prove(job_config(args), args.certificate, _teller(args))
+    if args.quiet: print(*certificate.red, sep='\n', end='', file=sys.stderr)
+    return 0 if certificate.holds else 1
+
+# %% ../nbs/07a_cli.ipynb #52ffc5db
+def _export_thin(args, name):
+    "Export an adapter alone, raising `InputError` for what only a whole model can have"
+    from sft_nb.adapter_file import export_adapter # torch is not for a quick --help
+    given = {'--ollama': args.ollama, '--data': args.held_out}
+    odd = [flag for flag, value in given.items() if value]
+    if odd:
+        raise InputError(f'export: {odd[0]} is for a whole model, got the adapter {name}; give it with '
+                         '--adapter, and it is merged')
+    export_adapter(name, args.to, args.kind)
 
 # %% ../nbs/07a_cli.ipynb #630055d6
 def _export(args):
     "Write a model as one GGUF file, read it back, and compare what both say"
     from sft_nb.proof import export_model # torch is not for a quick --help
     from sft_nb.ollama import export_for_ollama # likewise
+    from sft_nb.adapters import is_adapter # likewise
     from sft_nb.readers import load_records # nor are its neighbours
     cfg = job_config(args)
     if None not in (args.source, cfg.model):
         raise InputError(f'export: two models, got {args.source!r} and --model {cfg.model!r}; give one')
-    records = None if args.held_out is None else load_records(args.held_out)
     name = cfg.model if args.source is None else args.source
+    thin = name is not None and is_adapter(name) and cfg.adapter is None
+    if thin:
+        _export_thin(args, name)
+        return
+    records = None if args.held_out is None else load_records(args.held_out)
     write = export_for_ollama if args.ollama else export_model
     write(name, args.to, args.kind, records, template=cfg.template, adapter=cfg.adapter)
+
+# %% ../nbs/07a_cli.ipynb #8599fbbe
+def _push(args):
+    "Send a model or an adapter to the Hugging Face Hub, with the token in $HF_TOKEN; private by default"
+    from sft_nb.push import push_model # the hub's library is not for a quick --help
+    push_model(args.repo, args.folder, public=args.public, dry_run=args.dry_run)
 
 # %% ../nbs/07a_cli.ipynb #a60275d7
 def _config(args):
@@ -249,7 +247,9 @@ _COMMANDS = {
     'compare': (_compare, 'judge', 'set two files of answers side by side'),
     'inspect': (_inspect, 'data rows model', 'show what training would see'),
     'chat': (_chat, 'model answers', 'talk to a model'),
+    'prove': (_prove, 'data rows model train adapters', 'measure what is claimed on your model and data'),
     'export': (_export, 'model', 'write a model as a GGUF file, read it back, compare'),
+    'push': (_push, '', 'send a model to the Hugging Face Hub'),
     'config': (_config, 'data rows model train adapters run answers judge folder',
                'show every setting and where it comes from')}
 _EXAMPLES = {
@@ -265,19 +265,32 @@ _EXAMPLES = {
     'compare': ('compare runs/mine/responses-before.json runs/mine/responses.json --out compared',),
     'inspect': ('inspect my.json --rows 1',),
     'chat': ('chat --model runs/mine/model --temperature 0.7', 'chat --adapter runs/mine/adapter'),
+    'prove': ('prove --model runs/mine/model --data my.json --out certificate.json',),
     'export': ('export runs/mine/model --to mine.gguf --as q8_0',
-               'export runs/mine/model --to mine.gguf --as q8_0 --ollama'),
+               'export runs/mine/model --to mine.gguf --as q8_0 --ollama',
+               'export runs/mine/adapter --to adapter.gguf'),
+    'push': ('push me/mine --model runs/mine/model --dry-run', 'push me/mine --model runs/mine/adapter'),
     'config': ('config --lora 8 > my.toml', 'config --config my.toml --lr 1e-5')}
+
+# %% ../nbs/07a_cli.ipynb #0dc693c0
+def _add_push(push):
+    "What the command `push` takes"
+    push.add_argument('repo', metavar='REPO', help='OWNER/NAME on the Hub, or a NAME of your own')
+    about = 'a model or an adapter [runs/default/model]'
+    push.add_argument('--model', dest='folder', default='runs/default/model', metavar='FOLDER', help=about)
+    push.add_argument('--public', action='store_true', help='let everybody see it; else it is private')
+    push.add_argument('--dry-run', action='store_true', help='only tell what would be sent')
 
 # %% ../nbs/07a_cli.ipynb #98f51c63
 def _add_files(commands):
     "The files and folders that commands read and write"
     about = 'settings in TOML, or the JSON that a run wrote'
-    for command in commands.values(): command.add_argument('--config', metavar='FILE', help=about)
+    for name, command in commands.items():
+        if name!='push': command.add_argument('--config', metavar='FILE', help=about)
     for name in ('run', 'train', 'config'):
         commands[name].add_argument('--name', help='run folder runs/NAME [default]')
     commands['config'].add_argument('--json', action='store_true', help='as JSON instead of TOML')
-    for name in ('run', 'train', 'respond', 'judge', 'compare'):
+    for name in ('run', 'train', 'respond', 'judge', 'compare', 'prove'):
         commands[name].add_argument('--quiet', action='store_true', help='say nothing but what is wrong')
         commands[name].add_argument('--json', action='store_true', help='one object of JSON a stage')
     for name in ('run', 'train'):
@@ -285,6 +298,7 @@ def _add_files(commands):
         commands[name].add_argument('--dry-run', action='store_true', help=about)
     for name in ('judge', 'compare'):
         commands[name].add_argument('--out', metavar='FOLDER', help='write a report there')
+    commands['prove'].add_argument('--out', dest='certificate', metavar='FILE', help='write the proofs there')
     respond = commands['respond']
     respond.add_argument('--out', metavar='FILE', required=True, help='responses file to write')
     parts = ['all', 'train', 'test', 'val']
@@ -293,12 +307,14 @@ def _add_files(commands):
     commands['compare'].add_argument('before', metavar='A', help='responses file of the first model')
     commands['compare'].add_argument('after', metavar='B', help='responses file of the second model')
     export = commands['export']
-    export.add_argument('source', nargs='?', metavar='MODEL', help='the same as --model')
+    about = 'the same as --model; an adapter is exported for the --lora of llama.cpp'
+    export.add_argument('source', nargs='?', metavar='MODEL', help=about)
     export.add_argument('--to', metavar='FILE', required=True, help='GGUF file to write')
     kinds = 'f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0 [f16]'
     export.add_argument('--as', dest='kind', default='f16', metavar='KIND', help=kinds)
     export.add_argument('--data', dest='held_out', metavar='FILE', help='records to compare on')
     export.add_argument('--ollama', action='store_true', help='write a Modelfile for Ollama beside it')
+    _add_push(commands['push'])
     inspect = commands['inspect']
     inspect.add_argument('file', nargs='?', metavar='DATA', help='the same as --data')
     inspect.add_argument('--dedupe', metavar='OUT', help='write the records without near duplicates there')
@@ -377,9 +393,10 @@ def main(
     try:
         if argv is None: hush_plots()
         if argv is None: _forgive_streams()
-        if argv is None and args.command in ('run', 'train', 'respond', 'export'): _use_tcmalloc()
-        args.do(args)
+        if argv is None and args.command in ('run', 'train', 'respond', 'export', 'prove'): _use_tcmalloc()
+        status = args.do(args) or 0
         if argv is None: _end_quietly()
+        return status
     except (InputError, OSError) as e: # OSError: no such file, no permission, disk full ...
         if getattr(args, 'json', False): show_json(Stage('error', str(e), status=2))
         print(f'sft_nb: {e}', file=sys.stderr)
@@ -387,7 +404,6 @@ def main(
     except KeyboardInterrupt as e: # `Stopped` of a run is one, too
         print(f"sft_nb: {str(e) or 'interrupted'}", file=sys.stderr)
         return 130
-    return 0
 
 # %% ../nbs/07a_cli.ipynb #8d4ac94a
 #| eval: false

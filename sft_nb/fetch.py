@@ -198,7 +198,7 @@ def fetch_default_model(
 # %% ../nbs/04i_fetch.ipynb #dfe26a55
 HUB_NAMES = {k: f'openai-community/{k}' for k in ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')}
 _WANTED = ['*.json', '*.jinja', 'merges.txt', 'tokenizer.model', 'model*.safetensors',
-           'adapter_model.safetensors']
+           'adapter_model.safetensors', 'README.md']
 
 def fetch_from_hub(
     name:str, # 'owner/name', or 'owner/name@revision'

@@ -37,8 +37,10 @@ from .numbers import ReportData, RunFacts, load_answers
 from .report import judge_lines, score_lines, write_report
 from .options import settings_of
 from .opening import open_model
+from .streamed import first_rows, open_stream, save_receipt, stream_rows, tell_rows
 from .kept import check_adapters, check_row_decay
 from .kept import keep_model, kept_folder
+from .card import write_cards
 from .telling import Stage, as_teller, bars_wanted, new_folder
 from .proof import export_run
 from .export import gguf_settings
@@ -90,6 +92,14 @@ def prepare(
     for stage in look_lines(look): say(stage)
     return Job(intake.source, split, loaded, template, added, intake, look)
 
+# %% ../nbs/07_job.ipynb #b6614c1d
+def _prepare_train(cfg, say):
+    "What a job works with that answers nothing: all records in memory, or on the disk"
+    if not cfg.stream: return prepare(cfg, say)
+    opened = open_stream(cfg, say)
+    intake = opened.intake
+    return Job(intake.source, opened.split, opened.loaded, opened.template, opened.added, intake)
+
 # %% ../nbs/07_job.ipynb #fa2f3e44
 def row_limit(
     job:Job, # What the run works with
@@ -109,6 +119,12 @@ def encode_part(
         records, job.loaded.tokenizer, job.template, cfg.loss_on, cfg.prompt_weight,
         max_length=row_limit(job, cfg), over_long=cfg.over_long, no_target=cfg.no_target,
         span_weights=cfg.span_weights)
+
+# %% ../nbs/07_job.ipynb #311dac1d
+def _both_parts(job, cfg):
+    "The rows to train on and those to validate on"
+    if cfg.stream: return stream_rows(job, cfg, row_limit(job, cfg))
+    return encode_part(job, job.split.train, cfg), encode_part(job, job.split.val, cfg)
 
 # %% ../nbs/07_job.ipynb #83c29286
 def _check_questions(
@@ -204,7 +220,7 @@ def _fit_time(job, rows, val_rows, cfg, say):
     pace = None
     about = 'as when it began'
     if not steps:
-        pace = measure_pace(job.loaded.model, rows, val_rows, cfg.train)
+        pace = measure_pace(job.loaded.model, first_rows(rows, cfg.train)[0], val_rows, cfg.train)
         steps = fit_steps(pace, cfg.minutes, len(rows), cfg.train)
         about = f'{pace.step:.2g} s a step, {pace.validation:.2g} s a validation'
     train = replace(cfg.train, steps=steps)
@@ -212,6 +228,22 @@ def _fit_time(job, rows, val_rows, cfg, say):
     about = f'{steps} steps for {cfg.minutes:g} minutes: {about}; the rate ends at {rate:g}'
     say(Stage('time', about, steps=steps, minutes=cfg.minutes, last_rate=rate))
     return replace(cfg, train=train), pace
+
+# %% ../nbs/07_job.ipynb #dc51e9f0
+def _preflight(job, checked, cfg, pace, say):
+    "Make the checks of preflight, of a stream on its first rows, and raise `InputError` if one is bad"
+    model = job.loaded.model
+    rows, val_rows = checked
+    stops = default_stop_ids(model, job.loaded.tokenizer, job.template)
+    first, settings = first_rows(rows, cfg.train)
+    if cfg.stream:
+        say(Stage('preflight', f'looks at the first {len(first)} rows of the order'))
+        pace = pace or measure_pace(model, first, val_rows, settings)
+        val_rows = () # which of them are training rows is not known
+    found = check_run(model, first, val_rows, settings, tokenizer=job.loaded.tokenizer,
+                      stop_ids=stops, folder=Path(cfg.out), pace=pace)
+    say(Stage('preflight', f'\n{found}', outcomes=[asdict(o) for o in found.outcomes]))
+    found.raise_if_bad()
 
 # %% ../nbs/07_job.ipynb #82552440
 def _check_job(
@@ -221,12 +253,8 @@ def _check_job(
 )->tuple[tuple, JobConfig]: # Rows to train and to validate on, and the choices with the steps that fit
     "Encode the rows and look at everything that can be looked at before training, raising `InputError`"
     out = Path(cfg.out)
-    rows:Any = encode_part(job, job.split.train, cfg)
-    val_rows:Any = encode_part(job, job.split.val, cfg)
-    receipt = val_rows.receipt
-    facts = {'training': asdict(rows.receipt), 'validation': asdict(receipt)}
-    say(Stage('rows', str(rows.receipt), **facts))
-    if receipt.tokens<receipt.tokens_in: say(f'          for validation: {receipt}')
+    rows, val_rows = _both_parts(job, cfg)
+    if not cfg.stream: tell_rows((rows, val_rows), say)
     loaded = job.loaded
     model = loaded.model
     check_adapters(loaded, cfg, job.added)
@@ -238,12 +266,7 @@ def _check_job(
     cfg, pace = _fit_time(job, rows, val_rows, cfg, say)
     _check_same_run(out, _run_settings(job, cfg))
     begun = (out/'checkpoints').exists() or kept_folder(cfg).exists()
-    if cfg.preflight and not begun:
-        stops = default_stop_ids(model, job.loaded.tokenizer, job.template)
-        found = check_run(model, rows, val_rows, cfg.train, tokenizer=job.loaded.tokenizer,
-                          stop_ids=stops, folder=out, pace=pace)
-        say(Stage('preflight', f'\n{found}', outcomes=[asdict(o) for o in found.outcomes]))
-        found.raise_if_bad()
+    if cfg.preflight and not begun: _preflight(job, (rows, val_rows), cfg, pace, say)
     return (rows, val_rows), cfg
 
 # %% ../nbs/07_job.ipynb #f2013cbb
@@ -263,12 +286,14 @@ def _tune(job, checked, cfg, say):
     model = job.loaded.model
     out.mkdir(parents=True, exist_ok=True)
     save_json(out/'config.json', settings_of(cfg))
-    parts = {'training': asdict(rows.receipt), 'validation': asdict(val_rows.receipt)}
-    save_json(out/'receipt.json', parts | {'data': job.intake.facts() if job.intake else {}})
+    if not cfg.stream: save_receipt(checked, job.intake, out)
     hooks = run_hooks(cfg.logger, out)
     log = train(model, rows, val_rows, cfg.train, out, hooks=hooks, resume=cfg.resume, say=say)
     if log.stopped and not out_of_patience(log):
         raise Stopped(f'{out}: {log.stopped}; the same command with --resume goes on')
+    if cfg.stream:
+        tell_rows(checked, say)
+        save_receipt(checked, job.intake, out)
     losses = [log.vals[0].loss, _last_loss(log)]
     meta = _run_settings(job, cfg) | {'settings': settings_of(cfg), 'validation_loss': losses}
     keep_model(job.loaded, job.template, cfg, meta, say)
@@ -304,11 +329,12 @@ def tune_job(
     "Tune a model on a file of records: `tune_job(JobConfig(data='my.json', out='runs/mine'))`"
     folder = new_folder(cfg.out, resume=cfg.resume)
     with as_teller(say) as tell:
-        job = prepare(cfg, tell)
+        job = _prepare_train(cfg, tell)
         checked, cfg = _check_job(job, cfg, tell)
         folder.mkdir(parents=True, exist_ok=True)
         tell.keep_in(folder)
         _train_job(job, checked, cfg, tell)
+        write_cards(folder)
         if cfg.export: export_run(folder, cfg.export, job.split.test, tell)
     return kept_folder(cfg)
 
@@ -323,6 +349,9 @@ def _run_facts(cfg, settings, log, look):
 # %% ../nbs/07_job.ipynb #6d1c6266
 def _check_all(cfg, say):
     "The job of a run, its rows and its choices, once everything has been looked at that can be"
+    if cfg.stream:
+        raise InputError('run: answers and scores a part of the set, so it reads all of it, got --stream; '
+                         'leave that out, or use sft_nb train')
     if cfg.judge: open_judge(lambda _: [], cfg.judge, cfg.judging.protocol) # is it there?
     job = prepare(cfg, say)
     _check_questions(job, job.split.test)
@@ -354,6 +383,7 @@ def run_job(
         log = _train_job(job, checked, cfg, tell)
         answer_part(job, job.split.test, out/'responses.json', cfg, tell)
         data = _report(out, cfg, _run_facts(cfg, settings, log, job.look))
+        write_cards(out, data)
         for line in [*score_lines(data), *judge_lines(data)]: tell(line)
         tell(Stage('report', str(out/'report.html'), path=str(out/'report.html')))
         job.loaded = None # the file needs its memory
@@ -364,12 +394,16 @@ def run_job(
 def plan_job(
     cfg:JobConfig, # All choices; the checks of preflight are made in any case
     say:Callable = print, # Where it is told
+    *, answers:bool = True, # Of a run that answers, too?
 )->None:
     "Look at everything a run would look at, and write nothing: `plan_job(JobConfig(data='my.json'))`"
     new_folder(cfg.out, resume=cfg.resume)
     say = as_teller(say)
     cfg = replace(cfg, preflight=True)
-    job, (rows, _), cfg = _check_all(cfg, say)
+    if answers: job, (rows, _), cfg = _check_all(cfg, say)
+    else:
+        job = _prepare_train(cfg, say)
+        (rows, _), cfg = _check_job(job, cfg, say)
     about = describe_run(cfg.train, rows, job.loaded.model)
     say(Stage('plan', f'\n{about}', steps=cfg.train.n_steps(len(rows))))
     say(Stage('dry run', 'nothing was written'))

@@ -53,7 +53,7 @@ _NAMES = {(LoraConfig, 'rank'): 'lora', (Stops, 'ids'): 'stop_ids', (Stops, 'str
 _GROUPS = {
     'rows': ('loss_on', 'prompt_weight', 'span_weights', 'max_length', 'over_long', 'no_target'),
     'model': ('model', 'adapter', 'template', 'force_template', 'thinking', 'device'),
-    'run': ('preflight', 'minutes', 'logger', 'export'),
+    'run': ('preflight', 'stream', 'minutes', 'logger', 'export'),
     'folder': ('out', 'resume'),
     'adapters': ('keep_adapter', 'merge', 'lora_4bit'),
     'answers': ('answer_seed',)}

@@ -1,6 +1,7 @@
-"Adapters from the command line to peft and back: kept by a run, gone on with, found with their base, refused in one line"
+"What a run keeps: adapters to peft and back, gone on with, found with their base; cards; and what is sent to a hub on this machine"
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
+from huggingface_hub import ModelCard
 from toy_hub import toy_hub
 
 from sft_nb.basics import load_json, save_json
@@ -223,3 +225,79 @@ def test_contradictions_are_one_line(home, capsys):
         said = capsys.readouterr().err
         assert said.count('\n') == 1 and why in said, (words, said)
     assert not Path('runs/never').exists()
+
+
+def code_of(card): return re.search(r'```python\n(.*?)```', card.text, re.S)[1]
+
+
+def test_cards_are_written_and_true(home):
+    "Beside model and adapter, with what the run wrote down; the code in them runs as it stands"
+    whole, thin, alone = (ModelCard.load(f'runs/{f}/README.md') for f in ('both/model', 'both/adapter', 'alone/adapter'))
+    for card, library in ((whole, 'transformers'), (thin, 'peft'), (alone, 'peft')):
+        told = card.data
+        assert (told.pipeline_tag, told.library_name, told.datasets) == ('text-generation', library, ['toy.json'])
+        assert 'sft_nb' in told.tags and ('lora' in told.tags) == (library == 'peft')
+        assert str(home) not in card.content
+    report, log = load_json('runs/both/report.json'), load_json('runs/both/model/sft_nb.json')
+    before, after = log['validation_loss']
+    assert f'{before:.4f} before, {after:.4f} after' in whole.text
+    for name, part in report['metrics'].items(): assert f'| {name} | ' in whole.text, name
+    assert '95 % interval' in whole.text and 'have not been scored' in alone.text
+    assert '| lr | 0.001 |' in whole.text and '| training | 34 |' in whole.text and '`chatml`' in alone.text
+
+
+def test_the_licence_is_inherited(home, monkeypatch):
+    "Through a chain of two runs: what the first base's card says holds for the last model"
+    Path('models/tiny/README.md').write_text('---\nlicense: mit\nlanguage: fr\nbase_model: own/first\n---\n')
+    try: assert main(['train', '--data', 'toy.json', *FAST, '--model', 'models/tiny', '--name', 'licensed']) == 0
+    finally: Path('models/tiny/README.md').unlink()
+    assert main(['train', '--data', 'more.json', *FAST, '--model', 'runs/licensed/model', '--name', 'twice']) == 0
+    for name in ('licensed', 'twice'):
+        told = ModelCard.load(f'runs/{name}/model/README.md').data
+        assert (told.license, told.language, told.base_model) == ('mit', 'fr', 'own/first')
+
+
+@pytest.mark.slow
+def test_the_code_in_a_card_runs(home, capsys, monkeypatch):
+    for name in ('both/model', 'both/adapter', 'alone/adapter'):
+        monkeypatch.chdir(home/'runs'/name.split('/')[0])
+        code = code_of(ModelCard.load(home/'runs'/name/'README.md')).replace("'tiny'", repr(str(home/'models/tiny')))
+        exec(code.replace('max_new_tokens=128', 'max_new_tokens=4'), {})
+        assert capsys.readouterr().out.strip()
+
+
+def push(*words, cwd, env): return subprocess.run([sys.executable, '-m', 'sft_nb.cli', 'push', *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=300,
+                                                  env={k: v for k, v in os.environ.items() if k != 'HF_TOKEN'} | {'PYTHONPATH': str(ROOT)} | env)
+
+
+def one_line(done, why):
+    assert done.returncode == 2 and done.stderr.count('\n') == 1 and why in done.stderr, done.stdout + done.stderr
+
+
+def test_push(home, tmp_path):
+    "Named with sizes, private, whole, and read again from there; refused in one line"
+    repos, sent = {}, tmp_path/'hub'
+    with toy_hub(repos, tmp_path/'hf', store=sent) as (env, asked):
+        env = env | {'HF_TOKEN': 'hf_good'}
+        done = push('me/mine', '--model', 'runs/both/model', cwd=home, env=env)
+        assert done.returncode == 0, done.stderr[-3000:]
+        size = Path('runs/both/model/model.safetensors').stat().st_size
+        assert re.search(rf'model\.safetensors +{size:,} bytes', done.stdout) and 'private' in done.stdout
+        assert load_json(sent/'me/mine.about.json')['private'] is True
+        files = {p.name: p.read_bytes() for p in (sent/'me/mine').iterdir()}
+        assert files == {p.name: p.read_bytes() for p in Path('runs/both/model').iterdir()}
+        assert not any('hf_good' in path for path in asked)
+        done = push('thin', '--model', 'runs/both/adapter', '--public', cwd=home, env=env)
+        assert done.returncode == 0 and 'is a folder here' in done.stdout, done.stderr[-3000:]
+        assert load_json(sent/'me/thin.about.json')['private'] is False
+        one_line(push('thin', '--model', 'runs/both/adapter', cwd=home, env=env), 'me/thin is public already')
+        one_line(push('other/mine', '--model', 'runs/both/model', cwd=home, env=env), 'the hub says 403')
+        one_line(push('me/mine', '--model', 'runs/both/model', cwd=home, env=env | {'HF_TOKEN': 'hf_bad'}), 'the hub says 401')
+        before = len(asked)
+        done = push('me/dry', '--model', 'runs/both/model', '--dry-run', cwd=home, env=env | {'HF_TOKEN': ''})
+        assert done.returncode == 0 and 'nothing was sent' in done.stdout and len(asked) == before
+        for words, why in ((['me/mine'], 'no such folder'), (['me/mine', '--model', 'runs/both'], 'is no model'), (['me/my model', '--model', 'runs/both/model'], 'no name of the hub')):
+            one_line(push(*words, cwd=home, env=env), why)
+        one_line(push('me/mine', '--model', 'runs/both/model', cwd=home, env=env | {'HF_TOKEN': ''}), 'no token')
+        assert len(asked) == before
+    one_line(push('me/mine', '--model', 'runs/both/model', cwd=home, env=env), 'check the network')

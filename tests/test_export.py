@@ -194,3 +194,82 @@ def test_llama_cpp_gives_the_same_answers(tmp_path):
         with torch.no_grad():
             for _ in new: ours.append(int(got.model(torch.tensor([ours]))[0,-1].argmax()))
         assert ours[len(ids):]==new, question
+
+
+ADAPTED = { # linear maps that stand in a file under other names, in another order, or fused
+    'llama': ['q_proj', 'k_proj', 'down_proj'], 'qwen2': ['k_proj', 'o_proj', 'gate_proj'], 'phi3': ['qkv_proj', 'gate_up_proj'],
+    'gemma2': ['q_proj', 'v_proj', 'up_proj'], 'gpt2': ['c_attn', 'mlp.c_proj']}
+
+
+@pytest.mark.parametrize('family', ADAPTED)
+def test_an_adapter_beside_its_base_is_the_merged_file(family, tmp_path):
+    "Every tensor of the exported base, plus alpha/r times B and A of the exported adapter, is that of the exported merged model"
+    import numpy as np
+    from torch import nn
+    from sft_nb.adapter_file import export_adapter
+    from sft_nb.adapters import save_adapter
+    from sft_nb.choices import LoraConfig
+    from sft_nb.lora import adapted, add_lora
+    folder, model = toy_folder(family, tmp_path)
+    add_lora(model, LoraConfig(3, 5, targets=tuple(ADAPTED[family]), root_scale=True))
+    for m in adapted(model): nn.init.normal_(m.adapter.B, std=.2)
+    save_adapter(tmp_path/'thin', model, base=str(folder))
+    said = []
+    export_adapter(tmp_path/'thin', tmp_path/'thin.gguf', 'f32', say=said.append)
+    assert 'llama-cli -m BASE.gguf --lora' in said[-1]
+    for name, how in (('base', {}), ('merged', dict(adapter=tmp_path/'thin'))):
+        loaded = load_model(folder, **how)
+        write_gguf(tmp_path/f'{name}.gguf', loaded.model, gguf_settings(loaded.cfg, 'f32', toy_tokenizer()), 'f32')
+    (_, base), (_, merged), (get, thin) = (open_gguf(tmp_path/f'{n}.gguf') for n in ('base', 'merged', 'thin'))
+    scale, seen = get('adapter.lora.alpha')/3, 0
+    for name, t in base.items():
+        wanted, got = (torch.from_numpy(np.array(x[name].data)) for x in (merged, base))
+        if f'{name}.lora_a' in thin:
+            A, B = (torch.from_numpy(np.array(thin[f'{name}.lora_{k}'].data)) for k in 'ab')
+            got, seen = got + scale*B @ A, seen + 1
+            assert (B @ A).abs().max() > 1e-2
+        assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+    assert 2*seen == len(thin) and seen >= 2
+
+
+def test_what_an_adapter_file_cannot_hold_is_one_line(tmp_path):
+    from sft_nb.adapters import save_adapter
+    from sft_nb.choices import LoraConfig
+    from sft_nb.lora import add_lora
+    folder, model = toy_folder('llama', tmp_path)
+    save_adapter(tmp_path/'rows', add_lora(model, LoraConfig(2, tokens=(5,))), base=str(folder))
+    thin = save_adapter(tmp_path/'thin', add_lora(load_model(folder).model, LoraConfig(2)), base=str(folder))
+    for words, why in (((tmp_path/'rows',), 'trains rows of the embedding'), ((thin, '--as', 'q8_0'), "unknown value 'q8_0'"),
+                       ((thin, '--ollama'), '--ollama is for a whole model'), ((thin, '--data', 'x.json'), '--data is for a whole model')):
+        done = run('export', *words, '--to', tmp_path/'a.gguf')
+        assert done.returncode==2 and done.stderr.count('\n')==1 and why in done.stderr, (words, done.stderr)
+    assert not (tmp_path/'a.gguf').exists()
+
+
+@pytest.mark.slow
+def test_llama_cpp_lays_an_adapter_over_its_base(tmp_path):
+    "The default model with an adapter, in 16 bits: llama.cpp with base and --lora says what it says with the merged file"
+    llama = pytest.importorskip('llama_cpp', reason='llama-cpp-python is not installed: pip install llama-cpp-python')
+    from torch import nn
+    from sft_nb.adapter_file import export_adapter
+    from sft_nb.adapters import save_adapter
+    from sft_nb.choices import LoraConfig
+    from sft_nb.lora import adapted, add_lora
+    model = add_lora(load_model().model, LoraConfig(4, 8))
+    torch.manual_seed(3)
+    for m in adapted(model): nn.init.normal_(m.adapter.B, std=.02)
+    save_adapter(tmp_path/'thin', model, base='smollm2-135m-instruct')
+    export_adapter(tmp_path/'thin', tmp_path/'thin.gguf', 'f32', say=str)
+    for name, how in (('base', {}), ('merged', dict(adapter=tmp_path/'thin'))): export_model(None, tmp_path/f'{name}.gguf', 'f32', n_answers=1, say=str, **how)
+    text = '<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n'
+
+    def answer(name, lora=None):
+        theirs = llama.Llama(str(tmp_path/f'{name}.gguf'), n_ctx=256, verbose=False, lora_path=lora and str(lora))
+        ids = theirs.tokenize(text.encode(), add_bos=False, special=True)
+        new = []
+        for i in theirs.generate(ids, temp=0., top_k=1, repeat_penalty=1.):
+            new.append(i)
+            if len(new)==24: return new
+
+    wanted = answer('merged')
+    assert answer('base', tmp_path/'thin.gguf')==wanted and answer('base')!=wanted
