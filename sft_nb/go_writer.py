@@ -16,6 +16,7 @@ from typing import Any
 from .basics import InputError
 from .data import Message
 from .templates import PLACES, Template, TextTemplate
+from .export import begins_with_start
 
 # %% ../nbs/04t_go_writer.ipynb #74c56088
 def is_plain(
@@ -246,7 +247,7 @@ def _without_start(text, start):
     "A text without its begin token, which Ollama's tokenizer puts there"
     if text.startswith(start): return text[len(start):]
     raise InputError(f'ollama: the tokenizer puts {start!r} in front of every text, and the template does '
-                     'not print it there, so Ollama would ask with one id more; '
+                     'not print it for each, so Ollama would ask with one id more; '
                      "train with a template that does, such as 'llama2', or keep the model as a folder")
 
 # %% ../nbs/04t_go_writer.ipynb #e43ea983
@@ -292,7 +293,8 @@ def text_starts(
     "What training puts in front of plain words, and what Ollama's tokenizer adds"
     bos = getattr(tokenizer, 'config', {}).get('bos_token')
     start = tokenizer.start or ''
-    return start if template.bare else '', start if bos and start==bos else ''
+    is_added = bos and start==bos and begins_with_start(template, tokenizer)
+    return start if template.bare else '', start if is_added else ''
 
 # %% ../nbs/04t_go_writer.ipynb #adc7d405
 def ollama_template(

@@ -13,15 +13,14 @@ from sft_nb.basics import InputError
 from sft_nb.chat import ChatTemplate
 from sft_nb.cli import main
 from sft_nb.data import Message, Record
-from sft_nb.choices import EXPORT_KINDS
+from sft_nb.export import _text_settings
 from sft_nb.go_text import ollama_data, print_go
 from sft_nb.go_writer import is_plain, ollama_template, trimmed_roles
 from sft_nb.gguf_file import read_gguf
-from sft_nb.loading import load_model
+from sft_nb.model import ModelConfig
 from sft_nb.ollama import check_asked, modelfile
 from sft_nb.readers import default_data_file, load_records
 from sft_nb.rows import encode_prompt
-from sft_nb.saving import save_model
 from sft_nb.shelf import get_template, template_names
 from sft_nb.templates import TextTemplate, render_prompt
 from test_export import toy_folder
@@ -140,7 +139,11 @@ def test_a_begin_token_of_the_tokenizer_stands_once():
         source = ollama_template(TEMPLATES[name], tokenizer)
         text = print_go(source, ollama_data([('user', 'Name a colour')]))
         assert not text.startswith('<s>') and check_asked(source, load_records(default_data_file())[:20], TEMPLATES[name], tokenizer)==20
-    with pytest.raises(InputError, match="puts '<s>' in front of every text"): ollama_template(get_template('chatml'), tokenizer)
+    told = _text_settings(ModelConfig('llama', vocab_size=900, n_layers=1, width=32, n_heads=4, n_kv_heads=2, head_dim=8, mlp_width=64, max_length=64), tokenizer, get_template('chatml'), ())
+    assert told['tokenizer.ggml.add_bos_token'] is False # its prompts are trained without
+    assert check_asked(ollama_template(get_template('chatml'), tokenizer), load_records(default_data_file())[:20], get_template('chatml'), tokenizer)==20
+    some = ChatTemplate('some', "{{ bos_token if messages[0].role == 'user' }}" + MODELS['no thoughts'], SPECIAL)
+    with pytest.raises(InputError, match="puts '<s>' in front of every text"): ollama_template(some, tokenizer)
 
 
 def read_modelfile(text):
