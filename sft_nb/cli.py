@@ -10,16 +10,13 @@ import argparse
 import os
 import sys
 import signal
-from dataclasses import replace
 from pathlib import Path
 from . import __version__
 from .basics import InputError, json_text
 from .choices import LORA_LR, JobConfig
-from .data import Message, Record
 from .readers import file_kind
 from .split import split_records
 from .telling import Stage, Teller, hide_bars, hush_plots, show_json, show_line, show_nothing
-from .templates import TextTemplate
 from .options import OPTIONS, make_job, read_settings, settings_of, settings_text
 from .flags import OneLineParser, add_options
 
@@ -183,40 +180,19 @@ def _inspect(args):
         print(view_record(record, job.template, job.loaded.tokenizer, loss_on=cfg.loss_on,
                           max_length=row_limit(job, cfg), over_long=cfg.over_long))
 
-# %% ../nbs/07a_cli.ipynb #619e1e51
-def _read_line():
-    "One line from the user, with a prompt if somebody is there to see it; '' at the end of input"
-    try: return input('> ' if sys.stdin.isatty() else '').strip()
-    except EOFError: return ''
-
 # %% ../nbs/07a_cli.ipynb #436b8b78
 def _chat(args):
     "Talk to a model; an empty line or the end of input ends the talk"
-    import torch # not for a quick --help
-    from sft_nb.rows import encode_prompt # likewise
-    from sft_nb.sampling import default_stop_ids # likewise
-    from sft_nb.generation import stream # likewise
-    from sft_nb.opening import open_model # likewise
-    cfg = job_config(args)
-    loaded, template, _ = open_model(cfg, say=lambda text: None)
-    tokenizer = loaded.tokenizer
-    until = cfg.until
-    if until.ids is None: until = replace(until, ids=default_stop_ids(loaded.model, tokenizer, template))
-    chance = torch.Generator().manual_seed(cfg.answer_seed)
-    alone = isinstance(template, TextTemplate)
-    if alone:
-        print(f'template {template.name} holds one question: each is asked without those before it',
-              file=sys.stderr)
-    turns:list = []
-    while asked := _read_line():
-        turns = [*([] if alone else turns), Message('user', asked)]
-        prompt = encode_prompt(Record(tuple(turns), {}), template, tokenizer)
-        said = ''
-        for piece in stream(loaded.model, tokenizer, prompt, cfg.how, until, generator=chance):
-            print(piece, end='', flush=True)
-            said += piece
-        print()
-        turns.append(Message('assistant', said))
+    from sft_nb.talk import talk # torch is not for a quick --help
+    talk(job_config(args))
+
+# %% ../nbs/07a_cli.ipynb #b8695f49
+def _prove(args):
+    "Measure what this library claims on your own model and records; a red line is status 1"
+    from sft_nb.proofs import prove # torch is not for a quick --help
+    certificate = prove(job_config(args), args.certificate, _teller(args))
+    if args.quiet: print(*certificate.red, sep='\n', end='', file=sys.stderr)
+    return 0 if certificate.holds else 1
 
 # %% ../nbs/07a_cli.ipynb #52ffc5db
 def _export_thin(args, name):
@@ -271,6 +247,7 @@ _COMMANDS = {
     'compare': (_compare, 'judge', 'set two files of answers side by side'),
     'inspect': (_inspect, 'data rows model', 'show what training would see'),
     'chat': (_chat, 'model answers', 'talk to a model'),
+    'prove': (_prove, 'data rows model train adapters', 'measure what is claimed on your model and data'),
     'export': (_export, 'model', 'write a model as a GGUF file, read it back, compare'),
     'push': (_push, '', 'send a model to the Hugging Face Hub'),
     'config': (_config, 'data rows model train adapters run answers judge folder',
@@ -288,6 +265,7 @@ _EXAMPLES = {
     'compare': ('compare runs/mine/responses-before.json runs/mine/responses.json --out compared',),
     'inspect': ('inspect my.json --rows 1',),
     'chat': ('chat --model runs/mine/model --temperature 0.7', 'chat --adapter runs/mine/adapter'),
+    'prove': ('prove --model runs/mine/model --data my.json --out certificate.json',),
     'export': ('export runs/mine/model --to mine.gguf --as q8_0',
                'export runs/mine/model --to mine.gguf --as q8_0 --ollama',
                'export runs/mine/adapter --to adapter.gguf'),
@@ -312,7 +290,7 @@ def _add_files(commands):
     for name in ('run', 'train', 'config'):
         commands[name].add_argument('--name', help='run folder runs/NAME [default]')
     commands['config'].add_argument('--json', action='store_true', help='as JSON instead of TOML')
-    for name in ('run', 'train', 'respond', 'judge', 'compare'):
+    for name in ('run', 'train', 'respond', 'judge', 'compare', 'prove'):
         commands[name].add_argument('--quiet', action='store_true', help='say nothing but what is wrong')
         commands[name].add_argument('--json', action='store_true', help='one object of JSON a stage')
     for name in ('run', 'train'):
@@ -320,6 +298,7 @@ def _add_files(commands):
         commands[name].add_argument('--dry-run', action='store_true', help=about)
     for name in ('judge', 'compare'):
         commands[name].add_argument('--out', metavar='FOLDER', help='write a report there')
+    commands['prove'].add_argument('--out', dest='certificate', metavar='FILE', help='write the proofs there')
     respond = commands['respond']
     respond.add_argument('--out', metavar='FILE', required=True, help='responses file to write')
     parts = ['all', 'train', 'test', 'val']
@@ -414,9 +393,10 @@ def main(
     try:
         if argv is None: hush_plots()
         if argv is None: _forgive_streams()
-        if argv is None and args.command in ('run', 'train', 'respond', 'export'): _use_tcmalloc()
-        args.do(args)
+        if argv is None and args.command in ('run', 'train', 'respond', 'export', 'prove'): _use_tcmalloc()
+        status = args.do(args) or 0
         if argv is None: _end_quietly()
+        return status
     except (InputError, OSError) as e: # OSError: no such file, no permission, disk full ...
         if getattr(args, 'json', False): show_json(Stage('error', str(e), status=2))
         print(f'sft_nb: {e}', file=sys.stderr)
@@ -424,7 +404,6 @@ def main(
     except KeyboardInterrupt as e: # `Stopped` of a run is one, too
         print(f"sft_nb: {str(e) or 'interrupted'}", file=sys.stderr)
         return 130
-    return 0
 
 # %% ../nbs/07a_cli.ipynb #8d4ac94a
 #| eval: false
