@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ChatTemplate']
 
-# %% ../nbs/01a_chat.ipynb #832e8e4e
+# %% ../nbs/01a_chat.ipynb #745b1d6a
 import datetime, re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 from .basics import InputError, shorten
 from .data import Message, Record
-from .marks import cut_turns, is_rich, turn_of
+from .marks import cut_turns, is_rich, turn_of, with_thoughts_apart
 from .thoughts import (
     before_thought, empty_thought, end_of_thought, hush_empty_thoughts, thinking_of, thinking_switches,
     thinking_words, thought_of, without_thoughts)
@@ -204,7 +204,10 @@ def _cut_answer(printed, asked):
         begin = len(asked)
         at = max(text.find(template.stop or '', begin), begin)
         span = at, at
-    pieces, end = _spoken(printed, turn, len(asked), span)
+    first = len(asked) # it may open the thought that the words begin with
+    begin, end = span
+    words = max(begin, first), max(end, first)
+    pieces, end = _spoken(printed, turn, first, words)
     return [*pieces, Segment(text[end:])]
 
 # %% ../nbs/01a_chat.ipynb #789c4960
@@ -320,12 +323,20 @@ def _after_thought(template, messages, record, asked):
     thought = thought_of(last)
     if thought and not end_of_thought(asked): return None # it was asked not to think
     if not (thought or template.thinking): return None
+    apart = (*before, *with_thoughts_apart([last]))
+    text = template.render(apart, record.where, tools=record.tools)
+    if text.startswith(asked):
+        record = replace(record, messages=apart)
+        return _cut_any(template, apart, record, asked)
     plain = (*before, *without_thoughts([last]))
     first, *rest = _cut_any(template, plain, replace(record, messages=plain), base)
     n = empty_thought(first.text) if first.control else 0
     first = replace(first, text=first.text[n:])
     learn = bool(thought) and last.learn is not False
-    own:dict[str, Any] = dict(learn=learn, role='assistant', turn=len(before))
+    own:dict[str, Any] = dict(
+        learn=learn,
+        role='assistant',
+        turn=len(before))
     words = Segment(thought, control=False, **own)
     end = Segment(end_of_thought(asked), **own)
     return [words, end, first, *rest]

@@ -330,7 +330,7 @@ def encode_all(
     return receipt.check()
 
 # %% ../nbs/01d_encoding.ipynb #64c44873
-_CACHE_VERSION = 6 # raise it when the same records would give other buffers
+_CACHE_VERSION = 7 # raise it when the same records would give other buffers
 
 
 def _cache_name(

@@ -73,9 +73,9 @@ class Health:
         more = ''.join(f', {share:.1%} {what}' for share, what in
                        [(self.thinking, 'think'), (self.calling, 'call tools')] if share)
         cut = 'unknown' if self.cut is None else f'{self.cut:.1%}'
+        ratio = '' if math.isnan(self.length_ratio) else f', {self.length_ratio:.2f} times the reference'
         return (f'{self.n} answers: {self.empty:.1%} empty, {cut} cut at the token limit, '
-                f'{self.repeating:.1%} repeat themselves{more}; '
-                f'median {self.n_words:.0f} words, {self.length_ratio:.2f} times the reference')
+                f'{self.repeating:.1%} repeat themselves{more}; median {self.n_words:.0f} words{ratio}')
 
 # %% ../nbs/06b_scores.ipynb #10000b13
 def _share_cut(rows, facts):

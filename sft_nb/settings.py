@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from .basics import InputError, differences, open_bytes, shorten
+from .streaming import StreamedRows
 from .loaders import batch_order
 from .packing import windowed_batches
 from .decoder import Decoder
@@ -277,6 +278,7 @@ def _tokens_in_words(
     rows:Sequence, # Training `Example`s
 )->str: # One line
     "How many tokens an epoch and a step hold"
+    if isinstance(rows, StreamedRows): return 'tokens    not counted yet: rows are still encoded'
     tokens = sum(len(r.ids) - 1 for r in rows)
     targets = sum(float(r.learn[1:].sum()) for r in rows)
     per_step = tokens/cfg.steps_per_epoch(len(rows))
@@ -305,6 +307,7 @@ def _rows_fingerprint(
     rows:Sequence, # `Example`s
 )->str: # 16 hex digits over all ids and weights, in order
     "Two sets of rows with the same fingerprint train the same model"
+    if isinstance(rows, StreamedRows): return f'stream {rows.fingerprint}'
     digest = hashlib.sha256()
     for r in rows:
         digest.update(np.int64(len(r.ids)).tobytes())

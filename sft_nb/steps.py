@@ -23,6 +23,7 @@ from .attention import Shortcuts
 from .flex import check_trains
 from .decoder import Decoder, batch_loss, compile_blocks
 from .choices import TrainConfig
+from .streaming import StreamedRows
 from .settings import RowLengths, row_lengths, run_identity
 
 # %% ../nbs/05e_steps.ipynb #5889475d
@@ -42,6 +43,7 @@ def check_budget(
 )->None:
     "Raise `InputError` for the first row that no micro-batch can hold"
     budget = cfg.micro_batch_tokens
+    if isinstance(rows, StreamedRows): return # each step looks at its own
     for row in rows if budget else ():
         n_tokens = len(row.ids) - 1
         if n_tokens<=budget: continue
