@@ -169,3 +169,9 @@ def test_long_conversations_are_rendered_as_often_as_short_ones(monkeypatch):
         turns = [{'role': ('user', 'assistant')[i%2], 'content': f'words {i}'} for i in range(n)]
         render_record(as_records([{'messages': turns}])[0], chat.ChatTemplate(f'mine{n}', CHATML))
     assert max(counts) <= min(counts)+2 < 20, counts
+
+
+def test_an_audit_of_nothing_is_no_audit():
+    from audited import counts
+    pins = '# pins\na==1\nb==2\n'
+    assert counts({'dependencies': [{'name': 'a', 'version': '1', 'vulns': []}, {'name': 'b', 'skip_reason': 'not found'}]}, pins) == (2, 1)
