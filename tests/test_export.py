@@ -257,7 +257,7 @@ def test_llama_cpp_lays_an_adapter_over_its_base(tmp_path):
     from sft_nb.lora import adapted, add_lora
     model = add_lora(load_model().model, LoraConfig(4, 8))
     torch.manual_seed(3)
-    for m in adapted(model): nn.init.normal_(m.adapter.B, std=.02)
+    for m in adapted(model): nn.init.normal_(m.adapter.B, std=.1)
     save_adapter(tmp_path/'thin', model, base='smollm2-135m-instruct')
     export_adapter(tmp_path/'thin', tmp_path/'thin.gguf', 'f32', say=str)
     for name, how in (('base', {}), ('merged', dict(adapter=tmp_path/'thin'))): export_model(None, tmp_path/f'{name}.gguf', 'f32', n_answers=1, say=str, **how)
