@@ -108,6 +108,15 @@ def _fitting(case):
                          'check --data, --template and --loss-on')
     return sorted(rows, key=len)
 
+# %% ../nbs/06n_claims.ipynb #5a245a85
+def _uneven(rows):
+    "The same rows, the first of them cut where all are equally long"
+    first = rows[0]
+    targets = np.flatnonzero(first.learn[1:]) + 1
+    if len({len(row) for row in rows})>1 or len(rows)<2 or len(targets)<2: return rows
+    n = int(targets[-1])
+    return [Example(first.ids[:n], first.learn[:n], first.where), *rows[1:]]
+
 # %% ../nbs/06n_claims.ipynb #fb5a8c2f
 def some_rows(
     case:Case, # Its records are read
@@ -125,7 +134,7 @@ def some_rows(
         flat = flatten_rows([row])
         weights = learn_weights(flat.kinds, case.job.prompt_weight, case.job.span_weights)
         found.append(Example(flat.ids, weights, row.where))
-    return found
+    return _uneven(found)
 
 # %% ../nbs/06n_claims.ipynb #f1ca20db
 def _raise(text): raise InputError(text)

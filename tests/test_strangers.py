@@ -116,7 +116,8 @@ def test_a_pipe_in_a_checkpoint_does_not_wait(run):
 EXECUTES = {'eval', 'exec', 'compile', '__import__', 'pickle', 'cPickle', 'dill', 'marshal', 'shelve', 'joblib', 'cloudpickle'}
 LOADS = {'torch.load', 'np.load', 'numpy.load', 'yaml.load', 'torch.jit.load', 'dcp.load', 'torch.hub.load', 'torch.package', 'runpy.run_path'}
 
-ALLOWED = {('exercises.py', 'eval'), ('readers.py', '__import__')} # the learner's own code; an optional package by a name of ours
+# the learner's own code; an optional package by a name of ours; records in a nameless file that this very process has written
+ALLOWED = {('exercises.py', 'eval'), ('readers.py', '__import__'), ('streaming.py', 'pickle')}
 
 
 def test_nothing_in_the_package_can_run_a_file():
@@ -124,10 +125,53 @@ def test_nothing_in_the_package_can_run_a_file():
     for path in sorted((ROOT/'sft_nb').glob('*.py')):
         for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
             where = f'{path.name}:{getattr(node, "lineno", 0)}'
-            if isinstance(node, ast.Import): assert not EXECUTES & {a.name.split('.')[0] for a in node.names}, where
+            if isinstance(node, ast.Import):
+                for a in node.names: assert (path.name, a.name) in ALLOWED or a.name.split('.')[0] not in EXECUTES, where
             if isinstance(node, ast.ImportFrom):
                 assert (node.module or '').split('.')[0] not in EXECUTES and 'distributed.checkpoint' not in (node.module or ''), where
             if not isinstance(node, ast.Call): continue
             name = ast.unparse(node.func)
             assert (path.name, name) in ALLOWED or name not in EXECUTES | LOADS, (where, name)
             for k in node.keywords: assert k.arg not in ('allow_pickle', 'trust_remote_code'), (where, k.arg)
+
+
+CHATML = "{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\\n' ~ m.content ~ '<|im_end|>\\n' }}{% endfor %}{{ '<|im_start|>assistant\\n' if add_generation_prompt }}"
+ENDLESS = ['{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}', "{{ 'a'*2000000000 }}", "{{ 'a'|center(5000000000) }}",
+    "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x }}", '{{ 10**100000 }}', '{{ lipsum(n=10**7) }}',
+    '{% macro m() %}{{ m() }}{{ m() }}{% endmacro %}{{ m() }}', '{% set x = [1] %}' + '{% set x = [x, x] %}'*40 + '{{ x }}',
+    "{{ 'x'.join(range(99999)|map('string')|map('replace', '9', 'x'*999999)) }}", '{% for i in range(30000) %}' + 'literal text '*1000 + '{% endfor %}',
+    "{{ '%*d' % (10**9, 1) }}", "{{ '{:>{}}'.format('a', 10**9) }}", "{% for x in [[[1]]] recursive %}{{ loop(range(99999)) }}{% endfor %}"]
+UNREADABLE = ['{% for a in b %}'*30 + '{% endfor %}'*30, '{{ ' + '['*5000 + ']'*5000 + ' }}', '{{ ' + '('*5000 + ')'*5000 + ' }}', '{{ 1' + '+1'*20000 + ' }}',
+    '{% if a %}'*2000 + '{% endif %}'*2000, '{{ ' + '1'*10000 + ' }}', '\r\r{% if %}\r', '{{ x', '{% for %}', "{{ 'a' | nothing }}"]
+
+
+@pytest.mark.parametrize('source', ENDLESS + UNREADABLE, ids=lambda s: s[:30])
+def test_a_template_that_goes_on_for_ever_or_cannot_be_read_is_one_line(source):
+    "Counted in steps and characters, so that no clock decides"
+    from sft_nb.chat import ChatTemplate
+    from sft_nb.data import Message
+    with pytest.raises(InputError) as e: ChatTemplate('strange', source).render((Message('user', 'Hi'),), 'x.json record 0')
+    assert '\n' not in str(e.value) and len(str(e.value)) < 400
+
+
+def test_long_conversations_are_rendered_as_often_as_short_ones(monkeypatch):
+    from sft_nb import chat
+    from sft_nb.data import as_records
+    from sft_nb.templates import render_record
+    plain = chat.render_jinja
+    counts = []
+    def counted(*args):
+        counts[-1] += 1
+        return plain(*args)
+    monkeypatch.setattr(chat, 'render_jinja', counted)
+    for n in (100, 200, 400):
+        counts.append(0)
+        turns = [{'role': ('user', 'assistant')[i%2], 'content': f'words {i}'} for i in range(n)]
+        render_record(as_records([{'messages': turns}])[0], chat.ChatTemplate(f'mine{n}', CHATML))
+    assert max(counts) <= min(counts)+2 < 20, counts
+
+
+def test_an_audit_of_nothing_is_no_audit():
+    from audited import counts
+    pins = '# pins\na==1\nb==2\n'
+    assert counts({'dependencies': [{'name': 'a', 'version': '1', 'vulns': []}, {'name': 'b', 'skip_reason': 'not found'}]}, pins) == (2, 1)
