@@ -45,23 +45,34 @@ def _said_by(rows, n, row, decode):
     learned[0] = row.kinds[0] in TARGETS # muted only because nothing predicts it
     return _learned_text(rows[n].ids, learned, decode)
 
-# %% ../nbs/02a_audit.ipynb #9042e9d4
-def _asked_ids(record, plan):
-    "The ids of the whole prompt of `record`; [] if its words name a control token"
-    rendered = render_record(record, plan.template)
-    prompt = rendered.segments[:rendered.n_asked]
-    words = ''.join(s.text for s in prompt if not s.control)
-    for token in plan.tokenizer.control_tokens:
+# %% ../nbs/02a_audit.ipynb #1bf4d000
+def _ids_of(segments, tokenizer, start):
+    "The ids of the text of `segments`; [] if their words name a control token"
+    words = ''.join(s.text for s in segments if not s.control)
+    for token in tokenizer.control_tokens:
         if token in words: return [] # the whole text would hold one
+    last = segments[-1]
+    ends = [tokenizer.eos_id] if last.stop and not last.text else []
+    text = start + ''.join(s.text for s in segments)
+    return tokenizer.encode_control(whole_text(text)) + ends
+
+# %% ../nbs/02a_audit.ipynb #ff5f53f3
+def _whole_ids(record, row, plan):
+    "The ids that `row` has to begin with: all, or the prompt's where the answer begins in a token"
+    rendered = render_record(record, plan.template)
     start = plan.tokenizer.start if rendered.bare else ''
-    text = start + ''.join(s.text for s in prompt)
-    return plan.tokenizer.encode_control(whole_text(text))
+    segments = rendered.segments
+    if row.across:
+        answers = {s.turn for s in segments if s.role=='assistant'}
+        if len(answers)>1: return [] # an earlier answer may be cut as well
+        segments = segments[:rendered.n_asked]
+    return _ids_of(segments, plan.tokenizer, start)
 
 # %% ../nbs/02a_audit.ipynb #bdc50dcb
 def wrong_rows(
     dataset:InstructionDataset, # Made with a template, from records that can be read again
-)->list: # (where, wanted, found) for each wrong row, as texts or as ids of the prompt
-    "Rows whose learned ids do not decode to their answers and stops, cut rows apart: `wrong_rows(dataset)`"
+)->list: # (where, wanted, found) for each wrong row, as texts or as ids
+    "Rows that learn other words or hold other ids than their text, cut rows apart: `wrong_rows(dataset)`"
     if dataset.receipt is None:
         raise InputError('dataset: its rows do not say what is learned, got template=None; '
                          "try template='alpaca'")
@@ -77,11 +88,12 @@ def wrong_rows(
         wanted = _wanted_text(row, record, plan)
         n = place[n_read - 1]
         said = _said_by(rows, n, row, plan.tokenizer.decode)
-        asked = [] if row.across else _asked_ids(record, plan)
+        whole = _whole_ids(record, row, plan)
         ids = rows[n].ids
-        read = ids[:len(asked)].tolist()
+        if row.across or not whole: ids = ids[:len(whole)]
+        own = ids.tolist()
         if wanted not in said: found.append((record.where, wanted, said[0]))
-        elif read!=asked: found.append((record.where, asked, read))
+        elif own!=whole: found.append((record.where, whole, own))
     n_wanted = dataset.receipt.rows_in
     if n_read==n_wanted: return found
     raise InputError(f'dataset: its records have to be read again, got {n_read} of {n_wanted}; '

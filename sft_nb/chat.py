@@ -5,59 +5,20 @@
 # %% auto #0
 __all__ = ['ChatTemplate']
 
-# %% ../nbs/01a_chat.ipynb #832e8e4e
-import datetime, json, re
+# %% ../nbs/01a_chat.ipynb #745b1d6a
+import datetime, re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
-import jinja2
-from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from .basics import InputError, shorten
 from .data import Message, Record
-from .marks import cut_turns, is_rich, turn_of
+from .marks import cut_turns, is_rich, turn_of, with_thoughts_apart
 from .thoughts import (
     before_thought, empty_thought, end_of_thought, hush_empty_thoughts, thinking_of, thinking_switches,
     thinking_words, thought_of, without_thoughts)
 from .templates import Segment, Template, tidy_segments
-
-# %% ../nbs/01a_chat.ipynb #0043f5f7
-class _GenerationTag(Extension):
-    "Lets a template use the tags `generation` and `endgeneration`; what is between them is printed as it is"
-    tags = {'generation'}
-
-    def parse(self, parser):
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(('name:endgeneration',), drop_needle=True)
-        return jinja2.nodes.Scope(body).set_lineno(line)
-
-# %% ../nbs/01a_chat.ipynb #d54682b8
-def _raise_exception(message):
-    "What a template calls to refuse a conversation"
-    raise jinja2.TemplateError(message)
-
-# %% ../nbs/01a_chat.ipynb #d594ad8f
-def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-    "`value` as JSON, with the parameters that templates may give"
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
-                      sort_keys=sort_keys)
-
-# %% ../nbs/01a_chat.ipynb #13f424dc
-@lru_cache
-def _compile_jinja(
-    source:str, # A chat template
-)->jinja2.Template: # Ready to render
-    "Compile a chat template as `transformers` does, raising `InputError` if it is not Jinja"
-    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                        extensions=[_GenerationTag, loopcontrols])
-    env.filters['tojson'] = _to_json
-    env.globals['raise_exception'] = _raise_exception
-    try: return env.from_string(source)
-    except jinja2.TemplateSyntaxError as e:
-        got = shorten(source.split('\n')[e.lineno-1])
-        raise InputError(f'chat template line {e.lineno}: is not Jinja ({e.message}), got {got}; '
-                         'mend the template') from None
+from .sandbox import compile_jinja, render_jinja
 
 # %% ../nbs/01a_chat.ipynb #aea43697
 @dataclass(frozen=True)
@@ -112,9 +73,12 @@ def _variables(template):
 def _render(template, messages, where, ask, tools=None):
     "What `template` prints, raising `InputError` for whatever goes wrong in it"
     turns = [turn_of(m, template.jinja) for m in messages]
-    program = _compile_jinja(template.jinja)
-    given = template._variables | {'tools': tools}
-    try: return program.render(given, messages=turns, add_generation_prompt=ask)
+    program = compile_jinja(template.jinja)
+    given = template._variables | dict(
+        tools=tools,
+        messages=turns,
+        add_generation_prompt=ask)
+    try: return render_jinja(program, given)
     except Exception as e: # any type: it is somebody else's program
         got = shorten([m.role for m in messages])
         raise InputError(f'{where}: template {template.name!r} refuses the conversation ({shorten(str(e))}), '
@@ -240,7 +204,10 @@ def _cut_answer(printed, asked):
         begin = len(asked)
         at = max(text.find(template.stop or '', begin), begin)
         span = at, at
-    pieces, end = _spoken(printed, turn, len(asked), span)
+    first = len(asked) # it may open the thought that the words begin with
+    begin, end = span
+    words = max(begin, first), max(end, first)
+    pieces, end = _spoken(printed, turn, first, words)
     return [*pieces, Segment(text[end:])]
 
 # %% ../nbs/01a_chat.ipynb #789c4960
@@ -301,7 +268,12 @@ def _fill(printed, asked):
     for s in layout:
         if not s.control:
             words = said[s.turn]
-            s = Segment(words, control=False, learn=s.learn, role=s.role, turn=s.turn)
+            s = Segment(
+                words,
+                control=False,
+                learn=s.learn,
+                role=s.role,
+                turn=s.turn)
         filled.append(s)
     return filled
 
@@ -314,8 +286,13 @@ def _rich_segments(template, messages, record, asked=None):
         turn = piece.turn if piece.turn>=0 or not piece.leaf else piece.leaf.turn
         learn = piece.turn>=0 and messages[piece.turn].learn is not False
         control = piece.leaf is None
-        segments.append(Segment(piece.text, control=control, learn=learn,
-                                role=role, turn=turn, stop=piece.is_stop))
+        segments.append(Segment(
+            piece.text,
+            control=control,
+            learn=learn,
+            role=role,
+            turn=turn,
+            stop=piece.is_stop))
     return tidy_segments(segments)
 
 # %% ../nbs/01a_chat.ipynb #6e18e2bd
@@ -346,12 +323,20 @@ def _after_thought(template, messages, record, asked):
     thought = thought_of(last)
     if thought and not end_of_thought(asked): return None # it was asked not to think
     if not (thought or template.thinking): return None
+    apart = (*before, *with_thoughts_apart([last]))
+    text = template.render(apart, record.where, tools=record.tools)
+    if text.startswith(asked):
+        record = replace(record, messages=apart)
+        return _cut_any(template, apart, record, asked)
     plain = (*before, *without_thoughts([last]))
     first, *rest = _cut_any(template, plain, replace(record, messages=plain), base)
     n = empty_thought(first.text) if first.control else 0
     first = replace(first, text=first.text[n:])
     learn = bool(thought) and last.learn is not False
-    own:dict[str, Any] = dict(learn=learn, role='assistant', turn=len(before))
+    own:dict[str, Any] = dict(
+        learn=learn,
+        role='assistant',
+        turn=len(before))
     words = Segment(thought, control=False, **own)
     end = Segment(end_of_thought(asked), **own)
     return [words, end, first, *rest]

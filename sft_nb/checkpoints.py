@@ -7,12 +7,13 @@ __all__ = ['write_tensors', 'read_tensors', 'open_part', 'seal_part', 'writing',
            'newest_checkpoint', 'StopFlag', 'stop_signals']
 
 # %% ../nbs/05b_checkpoints.ipynb #c25b4ec0
-import hashlib, json, os, re, shutil, signal, threading
+import hashlib, json, math, os, re, shutil, signal, threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 import torch
-from .basics import InputError, file_sha256
+from .basics import InputError, file_sha256, load_json, shorten
 
 # %% ../nbs/05b_checkpoints.ipynb #ad1ac2c3
 def _sync_folder(path):
@@ -119,7 +120,7 @@ def open_part(
 def _describe_files(part, hashes):
     "Path -> size and SHA-256 of every file, those in `hashes` known already"
     def describe(p): return dict(bytes=p.stat().st_size, sha256=hashes.get(p.name) or file_sha256(p))
-    return {str(p.relative_to(part)): describe(p) for p in sorted(part.rglob('*')) if p.is_file()}
+    return {p.relative_to(part).as_posix(): describe(p) for p in sorted(part.rglob('*')) if p.is_file()}
 
 # %% ../nbs/05b_checkpoints.ipynb #5daf11cc
 def _digest(meta):
@@ -196,36 +197,73 @@ def _fault(file, name, want):
     "What is wrong with a file, in words; '' if nothing is"
     try:
         if not file.exists(): return f'{name} is missing'
+        if not file.is_file(): return f'{name} is no regular file'
         size = file.stat().st_size
         if size!=want['bytes']: return f"{name} has {size} bytes instead of {want['bytes']}"
         return '' if file_sha256(file)==want['sha256'] else f'the SHA-256 of {name} differs'
     except OSError as e: return f'{name} cannot be read ({e.strerror or e})'
 
+# %% ../nbs/05b_checkpoints.ipynb #2dfe3c08
+def _read_meta(path):
+    "What `meta.json` says, without its digest, which must fit"
+    try: meta = load_json(path/'meta.json')
+    except (OSError, InputError):
+        raise InputError(f'{path.name}: damaged, meta.json cannot be read') from None
+    rest = {k: v for k, v in meta.items() if k!='digest'} if isinstance(meta, dict) else {}
+    if rest and meta.get('digest')==_digest(rest): return rest
+    raise InputError(f'{path.name}: damaged, meta.json has been changed')
+
+# %% ../nbs/05b_checkpoints.ipynb #a2062c50
+def _odd_entry(meta, kinds):
+    "The first entry that is missing or of another kind than `kinds` says, in words; '' if there is none"
+    for name, kind in kinds.items():
+        value = meta.get(name)
+        number = kind in (int, float)
+        fits = type(value) in (int, float) and 0<=value<math.inf if kind is float else type(value) is kind
+        if not fits or number and value<0: return f'meta.json has {name} {shorten(value)}'
+    return ''
+
+# %% ../nbs/05b_checkpoints.ipynb #c26c3d20
+def _foreign_file(path, files):
+    "A file that `meta.json` does not list, or lists as none of this folder, in words; '' if there is none"
+    for name, want in files.items():
+        if Path(name).is_absolute() or '..' in Path(name).parts: return f'meta.json lists {shorten(name)}'
+        odd = _odd_entry(want if isinstance(want, dict) else {}, dict(bytes=int, sha256=str))
+        if odd: return f'{odd} for {shorten(name)}'
+    for p in sorted(path.rglob('*')):
+        name = p.relative_to(path).as_posix()
+        if p.is_dir() and not p.is_symlink() or name in files or name=='meta.json': continue
+        return f'it holds {shorten(name)}, which it does not list (nobody opens that file)'
+    return ''
+
 # %% ../nbs/05b_checkpoints.ipynb #dc9862eb
 def check_checkpoint(
     path:str|Path, # A checkpoint's folder
+    kinds:dict|None=None, # Entry -> type that `meta` must have besides `step` and `files`
 )->dict: # Its `meta`
-    "Compare every file's size and hash with `meta.json`, raising `InputError` when one differs"
+    "Compare all files with `meta.json`, raising `InputError` when one differs or is not listed there"
     path = Path(path)
-    try: meta = json.loads((path/'meta.json').read_text(encoding='utf-8'))
-    except (OSError, ValueError):
-        raise InputError(f'{path.name}: damaged, meta.json cannot be read') from None
-    rest = {k: v for k, v in meta.items() if k!='digest'} if isinstance(meta, dict) else {}
-    if not rest or meta.get('digest')!=_digest(rest):
-        raise InputError(f'{path.name}: damaged, meta.json has been changed')
-    for name, want in rest['files'].items():
-        if fault := _fault(path/name, name, want): raise InputError(f'{path.name}: damaged, {fault}')
-    return rest
+    meta = _read_meta(path)
+    need:dict[str, Any] = dict(step=int, files=dict) | (kinds or {})
+    fault = _odd_entry(meta, need) or _foreign_file(path, meta['files'])
+    for name, want in meta['files'].items() if not fault else ():
+        fault = fault or _fault(path/name, name, want)
+    if fault: raise InputError(f'{path.name}: damaged, {fault}')
+    return meta
 
 # %% ../nbs/05b_checkpoints.ipynb #ae58d8b5
 def newest_checkpoint(
     folder:str|Path, # Where the run keeps its checkpoints
+    kinds:dict|None=None, # Entry -> type that `meta` must have besides `step` and `files`
 )->tuple: # Path and `meta` of the newest that is whole, or None and None; and a list of complaints
     "Look from the newest to the oldest, raising `InputError` when there are some but all are damaged"
     complaints:list = []
     for path in reversed(_list_checkpoints(folder)):
-        try: return path, check_checkpoint(path), complaints
+        try: meta = check_checkpoint(path, kinds)
         except InputError as e: complaints.append(str(e))
+        else:
+            if meta['step']==_step(path): return path, meta, complaints
+            complaints.append(f"{path.name}: damaged, its meta.json is that of step {meta['step']}")
     if complaints:
         raise InputError(f"{folder}: no checkpoint is whole ({'; '.join(complaints)}); "
                          "start anew in another folder")

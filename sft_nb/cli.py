@@ -5,95 +5,20 @@
 # %% auto #0
 __all__ = ['choose', 'job_config', 'main']
 
-# %% ../nbs/07a_cli.ipynb #2d37c2e4
+# %% ../nbs/07a_cli.ipynb #83c9fdcd
 import argparse
 import os
 import sys
-import re
 import signal
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any
 from . import __version__
-from .basics import InputError, json_text, near_misses
+from .basics import InputError, json_text
 from .choices import LORA_LR, JobConfig
-from .data import Message, Record
 from .readers import file_kind
 from .split import split_records
-from .telling import Stage, Teller, hide_bars, show_json, show_line, show_nothing
-from .templates import TextTemplate
-from .shelf import template_names
+from .telling import Stage, Teller, hide_bars, hush_plots, show_json, show_line, show_nothing
 from .options import OPTIONS, make_job, read_settings, settings_of, settings_text
-
-# %% ../nbs/07a_cli.ipynb #91b0fb94
-def _near_flag(message):
-    "What comes near a flag that argparse does not know"
-    wrong = re.search(r'unrecognized arguments: --([\w-]+)', message)
-    hint = near_misses(wrong[1].replace('-', '_'), OPTIONS) if wrong else ''
-    if not hint.startswith('did you mean'): return ''
-    return '; ' + re.sub(r"'(\w+)'", lambda name: '--' + name[1].replace('_', '-'), hint)
-
-# %% ../nbs/07a_cli.ipynb #7344df2a
-class _OneLineParser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f'{self.prog}: {message}{_near_flag(message)}; {self.prog} --help shows what there is\n')
-
-# %% ../nbs/07a_cli.ipynb #8e6b69df
-_COMMAS = {'betas': float, 'stop_ids': int, 'lora_tokens': int, 'lora_targets': str}
-_SHOWN = {int: 'N', float: 'X', dict: 'A=B'}
-_PATHS = {'FILE': 'FILE', 'DATA': 'FILE', 'A': 'FILE', 'B': 'FILE', 'FOLDER': 'DIRECTORY', 'NAME': 'FILE'}
-_FILES = {'data': 'FILE', 'out': 'FOLDER', 'model': 'NAME', 'judge_url': 'URL'}
-
-
-def _listed(kind, text):
-    "The values between commas; one word that stands for many stays alone"
-    if text=='all': return text
-    return [kind(part.strip()) for part in text.split(',') if part.strip()]
-
-# %% ../nbs/07a_cli.ipynb #573ebe5f
-def _pair(kind, text):
-    "The two sides of A=B, the second of its kind"
-    old, _, new = text.partition('=')
-    try:
-        if old and new: return old, kind(new)
-    except ValueError: pass
-    wanted = 'A=B' if kind is str else 'A=B with a number for B'
-    raise argparse.ArgumentTypeError(f'write {wanted}, got {text!r}')
-
-# %% ../nbs/07a_cli.ipynb #335ef60d
-def _typed(option):
-    "What argparse is told of the values of an option"
-    if option.kind is bool: return {'action': argparse.BooleanOptionalAction}
-    how:dict[str, Any] = {'metavar': _FILES.get(option.name, _SHOWN.get(option.kind, 'TEXT'))}
-    if option.name in _COMMAS:
-        kind = _COMMAS[option.name]
-        return {'metavar': f'{_SHOWN.get(kind, "NAME")},...', 'type': partial(_listed, kind)}
-    if option.kind is dict:
-        kind = float if option.name=='span_weights' else str
-        return how | {'action': 'append', 'type': partial(_pair, kind)}
-    if option.kind is tuple: return how | {'action': 'append'}
-    return how | {'type': option.kind}
-
-# %% ../nbs/07a_cli.ipynb #d56492f0
-def _help_of(option):
-    "The words beside the field, and its default"
-    about = option.about.replace('None:', 'left out:').replace('%', '%%')
-    if option.name=='template': about += f"; there are {', '.join(template_names())}"
-    if option.kind is tuple and option.name not in _COMMAS: about += '; several times for several'
-    if option.default in (None, '', ()) or option.kind is bool: return about
-    default = option.default
-    shown = ','.join(map(str, default)) if isinstance(default, tuple) else default
-    return f'{about} [{shown}]'
-
-# %% ../nbs/07a_cli.ipynb #4812b7e8
-def _add_options(parser, *groups):
-    "Give `parser` the options of `groups`; those that are left out stay out of what it returns"
-    for group in groups:
-        shelf = parser.add_argument_group(f'{group} options')
-        for option in (o for o in OPTIONS.values() if o.group==group):
-            how = _typed(option) | {'help': _help_of(option), 'default': argparse.SUPPRESS}
-            shelf.add_argument(option.flag, **how)
+from .flags import OneLineParser, add_options
 
 # %% ../nbs/07a_cli.ipynb #ce27c99a
 def _run_folder(args):
@@ -126,6 +51,14 @@ def _check_length(file, flags):
         raise InputError(f'{both}: each says how long the run is; give one of them')
     return {name: v for name, v in file.items() if not (given and name in _LENGTHS)}
 
+# %% ../nbs/07a_cli.ipynb #304d7b24
+def _adapter_asked(values):
+    "The option by which adapters will learn, or ''"
+    asked = next((name for name in ('lora', 'adapter') if values.get(name)), '')
+    model = values.get('model')
+    if not asked and model and (Path(model)/'adapter_config.json').is_file(): asked = 'model'
+    return OPTIONS[asked].flag if asked else ''
+
 # %% ../nbs/07a_cli.ipynb #3b13b59f
 def choose(
     args:argparse.Namespace, # Parsed options; those that were left out are missing
@@ -137,9 +70,10 @@ def choose(
     file = _check_length(file, flags)
     sources = dict.fromkeys(file, str(path)) | {name: OPTIONS[name].flag for name in flags}
     values = file | flags
-    if values.get('lora') and 'lr' not in values:
+    asked = _adapter_asked(values)
+    if asked and 'lr' not in values:
         values['lr'] = LORA_LR
-        sources['lr'] = 'default with --lora'
+        sources['lr'] = f'default with {asked}'
     return values, sources
 
 # %% ../nbs/07a_cli.ipynb #9b03f04f
@@ -165,7 +99,7 @@ def _train(args):
     from sft_nb.job import plan_job, tune_job # torch is not for a quick --help
     cfg = job_config(args)
     say = _teller(args)
-    if args.dry_run: plan_job(cfg, say)
+    if args.dry_run: plan_job(cfg, say, answers=False)
     else: tune_job(cfg, say)
 
 # %% ../nbs/07a_cli.ipynb #a0eff1f0
@@ -246,52 +180,55 @@ def _inspect(args):
         print(view_record(record, job.template, job.loaded.tokenizer, loss_on=cfg.loss_on,
                           max_length=row_limit(job, cfg), over_long=cfg.over_long))
 
-# %% ../nbs/07a_cli.ipynb #619e1e51
-def _read_line():
-    "One line from the user, with a prompt if somebody is there to see it; '' at the end of input"
-    try: return input('> ' if sys.stdin.isatty() else '').strip()
-    except EOFError: return ''
-
 # %% ../nbs/07a_cli.ipynb #436b8b78
 def _chat(args):
     "Talk to a model; an empty line or the end of input ends the talk"
-    import torch # not for a quick --help
-    from sft_nb.rows import encode_prompt # likewise
-    from sft_nb.sampling import default_stop_ids # likewise
-    from sft_nb.generation import stream # likewise
-    from sft_nb.opening import open_model # likewise
-    cfg = job_config(args)
-    loaded, template, _ = open_model(cfg, say=lambda text: None)
-    tokenizer = loaded.tokenizer
-    until = cfg.until
-    if until.ids is None: until = replace(until, ids=default_stop_ids(loaded.model, tokenizer, template))
-    chance = torch.Generator().manual_seed(cfg.answer_seed)
-    alone = isinstance(template, TextTemplate)
-    if alone:
-        print(f'template {template.name} holds one question: each is asked without those before it',
-              file=sys.stderr)
-    turns:list = []
-    while asked := _read_line():
-        turns = [*([] if alone else turns), Message('user', asked)]
-        prompt = encode_prompt(Record(tuple(turns), {}), template, tokenizer)
-        said = ''
-        for piece in stream(loaded.model, tokenizer, prompt, cfg.how, until, generator=chance):
-            print(piece, end='', flush=True)
-            said += piece
-        print()
-        turns.append(Message('assistant', said))
+    from sft_nb.talk import talk # torch is not for a quick --help
+    talk(job_config(args))
+
+# %% ../nbs/07a_cli.ipynb #b8695f49
+def _prove(args):
+    "Measure what this library claims on your own model and records; a red line is status 1"
+    from sft_nb.proofs import prove # torch is not for a quick --help
+    certificate = prove(job_config(args), args.certificate, _teller(args))
+    if args.quiet: print(*certificate.red, sep='\n', end='', file=sys.stderr)
+    return 0 if certificate.holds else 1
+
+# %% ../nbs/07a_cli.ipynb #52ffc5db
+def _export_thin(args, name):
+    "Export an adapter alone, raising `InputError` for what only a whole model can have"
+    from sft_nb.adapter_file import export_adapter # torch is not for a quick --help
+    given = {'--ollama': args.ollama, '--data': args.held_out}
+    odd = [flag for flag, value in given.items() if value]
+    if odd:
+        raise InputError(f'export: {odd[0]} is for a whole model, got the adapter {name}; give it with '
+                         '--adapter, and it is merged')
+    export_adapter(name, args.to, args.kind)
 
 # %% ../nbs/07a_cli.ipynb #630055d6
 def _export(args):
     "Write a model as one GGUF file, read it back, and compare what both say"
     from sft_nb.proof import export_model # torch is not for a quick --help
+    from sft_nb.ollama import export_for_ollama # likewise
+    from sft_nb.adapters import is_adapter # likewise
     from sft_nb.readers import load_records # nor are its neighbours
     cfg = job_config(args)
     if None not in (args.source, cfg.model):
         raise InputError(f'export: two models, got {args.source!r} and --model {cfg.model!r}; give one')
-    records = None if args.held_out is None else load_records(args.held_out)
     name = cfg.model if args.source is None else args.source
-    export_model(name, args.to, args.kind, records, template=cfg.template)
+    thin = name is not None and is_adapter(name) and cfg.adapter is None
+    if thin:
+        _export_thin(args, name)
+        return
+    records = None if args.held_out is None else load_records(args.held_out)
+    write = export_for_ollama if args.ollama else export_model
+    write(name, args.to, args.kind, records, template=cfg.template, adapter=cfg.adapter)
+
+# %% ../nbs/07a_cli.ipynb #8599fbbe
+def _push(args):
+    "Send a model or an adapter to the Hugging Face Hub, with the token in $HF_TOKEN; private by default"
+    from sft_nb.push import push_model # the hub's library is not for a quick --help
+    push_model(args.repo, args.folder, public=args.public, dry_run=args.dry_run)
 
 # %% ../nbs/07a_cli.ipynb #a60275d7
 def _config(args):
@@ -300,7 +237,7 @@ def _config(args):
     settings = settings_of(make_job(values))
     print(json_text(settings, 4) if args.json else settings_text(settings, sources))
 
-# %% ../nbs/07a_cli.ipynb #0bf5ca2e
+# %% ../nbs/07a_cli.ipynb #ef14bd53
 _COMMANDS = {
     'run': (_run, 'data rows model train adapters run answers judge folder',
             'tune, answer before and after, score, report'),
@@ -310,33 +247,50 @@ _COMMANDS = {
     'compare': (_compare, 'judge', 'set two files of answers side by side'),
     'inspect': (_inspect, 'data rows model', 'show what training would see'),
     'chat': (_chat, 'model answers', 'talk to a model'),
+    'prove': (_prove, 'data rows model train adapters', 'measure what is claimed on your model and data'),
     'export': (_export, 'model', 'write a model as a GGUF file, read it back, compare'),
+    'push': (_push, '', 'send a model to the Hugging Face Hub'),
     'config': (_config, 'data rows model train adapters run answers judge folder',
                'show every setting and where it comes from')}
 _EXAMPLES = {
     'run': ('run', 'run --data my.json --name mine --epochs 2', 'run --config my.toml --lr 5e-5 --name again',
             'run --minutes 10 --data my.json',
-            'run --lora 16 --lora-alpha 32 --model Qwen/Qwen2.5-0.5B-Instruct',
+            'run --lora 16 --lora-alpha 32 --model Qwen/Qwen2.5-0.5B-Instruct --keep-adapter',
             'run --config runs/mine/config.json --name the-same'),
-    'train': ('train --data my.json --best --patience 3', 'train --data my.json --resume'),
+    'train': ('train --data my.json --best --patience 3', 'train --data my.json --resume',
+              'train --adapter runs/mine/adapter --data more.json --name further'),
     'respond': ('respond --model runs/mine/model --data more.json --out answers.json',
                 'respond --model gpt2 --data more.json --out answers.json --temperature 0.7 --top-p 0.9'),
     'judge': ('judge answers.json --judge-url http://127.0.0.1:8000/v1',),
     'compare': ('compare runs/mine/responses-before.json runs/mine/responses.json --out compared',),
     'inspect': ('inspect my.json --rows 1',),
-    'chat': ('chat --model runs/mine/model --temperature 0.7',),
-    'export': ('export runs/mine/model --to mine.gguf --as q8_0',),
+    'chat': ('chat --model runs/mine/model --temperature 0.7', 'chat --adapter runs/mine/adapter'),
+    'prove': ('prove --model runs/mine/model --data my.json --out certificate.json',),
+    'export': ('export runs/mine/model --to mine.gguf --as q8_0',
+               'export runs/mine/model --to mine.gguf --as q8_0 --ollama',
+               'export runs/mine/adapter --to adapter.gguf'),
+    'push': ('push me/mine --model runs/mine/model --dry-run', 'push me/mine --model runs/mine/adapter'),
     'config': ('config --lora 8 > my.toml', 'config --config my.toml --lr 1e-5')}
+
+# %% ../nbs/07a_cli.ipynb #0dc693c0
+def _add_push(push):
+    "What the command `push` takes"
+    push.add_argument('repo', metavar='REPO', help='OWNER/NAME on the Hub, or a NAME of your own')
+    about = 'a model or an adapter [runs/default/model]'
+    push.add_argument('--model', dest='folder', default='runs/default/model', metavar='FOLDER', help=about)
+    push.add_argument('--public', action='store_true', help='let everybody see it; else it is private')
+    push.add_argument('--dry-run', action='store_true', help='only tell what would be sent')
 
 # %% ../nbs/07a_cli.ipynb #98f51c63
 def _add_files(commands):
     "The files and folders that commands read and write"
     about = 'settings in TOML, or the JSON that a run wrote'
-    for command in commands.values(): command.add_argument('--config', metavar='FILE', help=about)
+    for name, command in commands.items():
+        if name!='push': command.add_argument('--config', metavar='FILE', help=about)
     for name in ('run', 'train', 'config'):
         commands[name].add_argument('--name', help='run folder runs/NAME [default]')
     commands['config'].add_argument('--json', action='store_true', help='as JSON instead of TOML')
-    for name in ('run', 'train', 'respond', 'judge', 'compare'):
+    for name in ('run', 'train', 'respond', 'judge', 'compare', 'prove'):
         commands[name].add_argument('--quiet', action='store_true', help='say nothing but what is wrong')
         commands[name].add_argument('--json', action='store_true', help='one object of JSON a stage')
     for name in ('run', 'train'):
@@ -344,6 +298,7 @@ def _add_files(commands):
         commands[name].add_argument('--dry-run', action='store_true', help=about)
     for name in ('judge', 'compare'):
         commands[name].add_argument('--out', metavar='FOLDER', help='write a report there')
+    commands['prove'].add_argument('--out', dest='certificate', metavar='FILE', help='write the proofs there')
     respond = commands['respond']
     respond.add_argument('--out', metavar='FILE', required=True, help='responses file to write')
     parts = ['all', 'train', 'test', 'val']
@@ -352,11 +307,14 @@ def _add_files(commands):
     commands['compare'].add_argument('before', metavar='A', help='responses file of the first model')
     commands['compare'].add_argument('after', metavar='B', help='responses file of the second model')
     export = commands['export']
-    export.add_argument('source', nargs='?', metavar='MODEL', help='the same as --model')
+    about = 'the same as --model; an adapter is exported for the --lora of llama.cpp'
+    export.add_argument('source', nargs='?', metavar='MODEL', help=about)
     export.add_argument('--to', metavar='FILE', required=True, help='GGUF file to write')
     kinds = 'f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0 [f16]'
     export.add_argument('--as', dest='kind', default='f16', metavar='KIND', help=kinds)
     export.add_argument('--data', dest='held_out', metavar='FILE', help='records to compare on')
+    export.add_argument('--ollama', action='store_true', help='write a Modelfile for Ollama beside it')
+    _add_push(commands['push'])
     inspect = commands['inspect']
     inspect.add_argument('file', nargs='?', metavar='DATA', help='the same as --data')
     inspect.add_argument('--dedupe', metavar='OUT', help='write the records without near duplicates there')
@@ -373,6 +331,9 @@ def _add_completion(commands):
     command.set_defaults(do=_completion)
 
 # %% ../nbs/07a_cli.ipynb #5f2806c7
+_PATHS = {'FILE': 'FILE', 'DATA': 'FILE', 'A': 'FILE', 'B': 'FILE', 'FOLDER': 'DIRECTORY', 'NAME': 'FILE'}
+
+
 def _completion(args):
     "Write what a shell needs to complete words"
     import shtab # only this command needs it
@@ -390,7 +351,7 @@ def _build_parser(
 )->argparse.ArgumentParser: # Knows every command
     "The parser of the whole command line"
     about = 'Instruction fine-tuning of language models, notebook first.'
-    parser = _OneLineParser(prog='sft_nb', description=about)
+    parser = OneLineParser(prog='sft_nb', description=about)
     parser.add_argument('--version', action='version', version=f'sft_nb {__version__}')
     commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
     for name, (do, groups, about) in _COMMANDS.items():
@@ -399,7 +360,7 @@ def _build_parser(
             name, help=about, description=do.__doc__, epilog=f'examples:\n{examples}',
             formatter_class=argparse.RawDescriptionHelpFormatter)
         command.set_defaults(do=do, groups=groups.split())
-        _add_options(command, *groups.split())
+        add_options(command, *groups.split())
     _add_files(commands.choices)
     _add_completion(commands)
     return parser
@@ -430,10 +391,12 @@ def main(
     "Run one command"
     args = _build_parser().parse_args(argv)
     try:
+        if argv is None: hush_plots()
         if argv is None: _forgive_streams()
-        if argv is None and args.command in ('run', 'train', 'respond', 'export'): _use_tcmalloc()
-        args.do(args)
+        if argv is None and args.command in ('run', 'train', 'respond', 'export', 'prove'): _use_tcmalloc()
+        status = args.do(args) or 0
         if argv is None: _end_quietly()
+        return status
     except (InputError, OSError) as e: # OSError: no such file, no permission, disk full ...
         if getattr(args, 'json', False): show_json(Stage('error', str(e), status=2))
         print(f'sft_nb: {e}', file=sys.stderr)
@@ -441,7 +404,6 @@ def main(
     except KeyboardInterrupt as e: # `Stopped` of a run is one, too
         print(f"sft_nb: {str(e) or 'interrupted'}", file=sys.stderr)
         return 130
-    return 0
 
 # %% ../nbs/07a_cli.ipynb #8d4ac94a
 #| eval: false

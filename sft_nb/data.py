@@ -280,11 +280,12 @@ def summarize_records(
 )->str: # A line, and one more for each dropped record, the first three
     "What a set is: its format, its size, and what was left out of it"
     answers = [len(m.content) for r in records for m in r.messages if m.role=='assistant']
-    chars = sorted(answers) or [0]
+    chars = sorted(answers)
+    said = 'no answers'
+    if chars: said = f'answers have {chars[0]} to {chars[-1]:,} characters, median {chars[len(chars)//2]}'
     formats = ' and '.join(Counter(r.fmt for r in records))
     n_turns = sum(len(r.messages) for r in records)
-    lines = [f'records in {formats} format: {len(records):,}, with {n_turns:,} turns; answers have '
-             f'{chars[0]} to {chars[-1]:,} characters, median {chars[len(chars)//2]}']
+    lines = [f'records in {formats} format: {len(records):,}, with {n_turns:,} turns; {said}']
     unread = Counter(key for r in records for key in unread_keys(r.raw, r.fmt)) if fields is None else {}
     if fields: lines.append(str(fields))
     if unread: lines.append('fields not read: ' + ', '.join(f'{key} ({n:,})' for key, n in unread.items()))

@@ -330,7 +330,7 @@ def encode_all(
     return receipt.check()
 
 # %% ../nbs/01d_encoding.ipynb #64c44873
-_CACHE_VERSION = 6 # raise it when the same records would give other buffers
+_CACHE_VERSION = 8 # raise it when the same records would give other buffers
 
 
 def _cache_name(
@@ -341,7 +341,8 @@ def _cache_name(
     name = hashlib.sha256(repr((_CACHE_VERSION, list(plan.settings().items()))).encode())
     for r in records:
         words = [r.instruction, r.input] if r.fmt=='alpaca' else []
-        name.update(repr((r.where, words, [(m.role, m.content, m.learn) for m in r.messages])).encode())
+        turns = [(m.role, m.content, m.learn, m.more) for m in r.messages]
+        name.update(repr((r.where, words, turns, r.tools)).encode())
     return name.hexdigest()[:32]
 
 # %% ../nbs/01d_encoding.ipynb #6e83b217

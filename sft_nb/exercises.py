@@ -36,9 +36,10 @@ _KINDS = {bool: 'True or False', int: 'a number', float: 'a number', str: 'a tex
 def _complaint(call, got, want):
     "What is wrong with `got`, in a sentence that names what was wanted"
     if got is ...: return f'{call} is still "...": it should be {_kind(want)}'
+    if call.isidentifier(): return _guessed(call, got, want)
     should = f'{call} should give {_shown(want)}, '
     if got is None: return should + 'got None: is the cell still empty, or is there no return?'
-    if _kind(got)!=_kind(want): return should + f'which is {_kind(want)}; got {_shown(got)}, {_kind(got)}'
+    if _kind(got)!=_kind(want): return should + f'which is {_kind(want)}; got {_found(got)}'
     return should + f'got {_shown(got)}'
 
 # %% ../nbs/00i_exercises.ipynb #4c572035
@@ -52,8 +53,20 @@ def _shown(value):
 # %% ../nbs/00i_exercises.ipynb #ffd78c51
 def _kind(value):
     "What a reader would call it"
+    if isinstance(value, type): return 'a class'
     if callable(value): return 'a function'
     return _KINDS.get(type(value), f'of type {type(value).__name__}')
+
+# %% ../nbs/00i_exercises.ipynb #5c1f0a31
+def _found(value):
+    "A value and its kind; where a function is kept in memory helps nobody"
+    return _kind(value) if callable(value) else f'{_shown(value)}, {_kind(value)}'
+
+# %% ../nbs/00i_exercises.ipynb #5c1f0a34
+def _guessed(name, got, want):
+    "What is wrong with a guess, without what it should have been"
+    if got is None or _kind(got)!=_kind(want): return f'{name} should be {_kind(want)}, got {_found(got)}'
+    return f'{name} should be another one than {_shown(got)}: the hint below helps'
 
 # %% ../nbs/00i_exercises.ipynb #f8c2ca25
 def _reason(error):

@@ -46,7 +46,10 @@ def _cache_folder(cache_dir):
     except RuntimeError:
         raise InputError('default model: this user has no home directory for it, got no $HOME; '
                          'set SFT_NB_CACHE to a folder') from None
-    cache.mkdir(parents=True, exist_ok=True)
+    try: cache.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f'default model: {cache} cannot be made to keep it ({e.strerror}); '
+                         'set SFT_NB_CACHE to a folder') from None
     return cache
 
 # %% ../nbs/04i_fetch.ipynb #3d40bd2b
@@ -194,7 +197,8 @@ def fetch_default_model(
 
 # %% ../nbs/04i_fetch.ipynb #dfe26a55
 HUB_NAMES = {k: f'openai-community/{k}' for k in ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')}
-_WANTED = ['*.json', '*.jinja', 'merges.txt', 'tokenizer.model', 'model*.safetensors']
+_WANTED = ['*.json', '*.jinja', 'merges.txt', 'tokenizer.model', 'model*.safetensors',
+           'adapter_model.safetensors', 'README.md']
 
 def fetch_from_hub(
     name:str, # 'owner/name', or 'owner/name@revision'

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Job', 'read_data', 'prepare', 'row_limit', 'encode_part', 'answer_part', 'Stopped', 'tune_job', 'run_job', 'plan_job']
 
-# %% ../nbs/07_job.ipynb #4254993c
+# %% ../nbs/07_job.ipynb #b89952dd
 import shutil, time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,8 +23,7 @@ from .dataset import InstructionDataset
 from .intake import Intake, Look, drop_refused, intake_text
 from .intake import look_lines, look_notes, look_over, split_or_all, take_in
 from .loading import load_model
-from .saving import save_model
-from .lora import add_lora, merge_lora
+from .lora import add_lora
 from .sampling import default_stop_ids
 from .generation import answer_records, check_prompts
 from .settings import TrainLog, describe_run, load_log, lr_at
@@ -37,12 +36,16 @@ from .judge import judge_file, open_judge
 from .numbers import ReportData, RunFacts, load_answers
 from .report import judge_lines, score_lines, write_report
 from .options import settings_of
-from .opening import fit_vocabulary, open_model
+from .opening import open_model
+from .streamed import first_rows, open_stream, save_receipt, stream_rows, tell_rows
+from .kept import check_adapters, check_row_decay
+from .kept import keep_model, kept_folder
+from .card import write_cards
 from .telling import Stage, as_teller, bars_wanted, new_folder
 from .proof import export_run
 from .export import gguf_settings
 from .watch import check_logger, run_hooks
-from .adapters import load_adapter, quantize_base, save_adapter
+from .adapters import quantize_base
 
 # %% ../nbs/07_job.ipynb #d8e3ff03
 @dataclass
@@ -80,7 +83,7 @@ def prepare(
     intake = read_data(cfg, say=say)
     seed = cfg.split_seed
     if not cfg.drop_broken: split_or_all(intake.records, seed, need_split=need_split) # the quick check
-    loaded, template, added = open_model(cfg, say, intake.records)
+    loaded, template, added = open_model(cfg, say, intake.records, merge=False)
     if cfg.drop_broken: say(drop_refused(intake, template, loaded.tokenizer))
     split = split_or_all(intake.records, seed, need_split=need_split)
     look = look_over(split)
@@ -88,6 +91,14 @@ def prepare(
     say(Stage('split', ', '.join(f'{part} {n}' for part, n in sizes.items()), **sizes))
     for stage in look_lines(look): say(stage)
     return Job(intake.source, split, loaded, template, added, intake, look)
+
+# %% ../nbs/07_job.ipynb #b6614c1d
+def _prepare_train(cfg, say):
+    "What a job works with that answers nothing: all records in memory, or on the disk"
+    if not cfg.stream: return prepare(cfg, say)
+    opened = open_stream(cfg, say)
+    intake = opened.intake
+    return Job(intake.source, opened.split, opened.loaded, opened.template, opened.added, intake)
 
 # %% ../nbs/07_job.ipynb #fa2f3e44
 def row_limit(
@@ -108,6 +119,12 @@ def encode_part(
         records, job.loaded.tokenizer, job.template, cfg.loss_on, cfg.prompt_weight,
         max_length=row_limit(job, cfg), over_long=cfg.over_long, no_target=cfg.no_target,
         span_weights=cfg.span_weights)
+
+# %% ../nbs/07_job.ipynb #311dac1d
+def _both_parts(job, cfg):
+    "The rows to train on and those to validate on"
+    if cfg.stream: return stream_rows(job, cfg, row_limit(job, cfg))
+    return encode_part(job, job.split.train, cfg), encode_part(job, job.split.val, cfg)
 
 # %% ../nbs/07_job.ipynb #83c29286
 def _check_questions(
@@ -172,6 +189,7 @@ def _run_settings(
             'data': job.source, 'template': job.template.name}
     given = [name for name in _KEPT_IF_GIVEN if getattr(cfg, name)!=getattr(JobConfig, name)]
     kept = {name: getattr(cfg, name) for name in (*_KEPT, *given)}
+    if job.loaded.base is not None: base['under'] = str(job.loaded.base)
     return base | kept | {'lora': asdict(cfg.lora)['rank'] if cfg.lora else 0, 'config': asdict(cfg.train)}
 
 # %% ../nbs/07_job.ipynb #82a78198
@@ -180,24 +198,17 @@ def _check_same_run(
     settings:dict, # From `_run_settings`
 )->None:
     "Raise `InputError` if `out` holds a model that was made with other settings"
-    if not (out/'model').exists(): return
+    folders = out/'model', out/'adapter'
+    made = [f for f in folders if f.exists()]
+    if not made: return
 
     usual = asdict(TrainConfig()) # what an older model knows nothing of
     def flat(d): return {k: d[k] for k in settings if k in d and k!='config'} | usual | d.get('config', {})
 
-    changed = differences(flat(load_json(out/'model'/'sft_nb.json')), flat(settings))
+    changed = differences(flat(load_json(made[0]/'sft_nb.json')), flat(settings))
     if changed:
         raise InputError(f"{out}: holds the model of another run ({'; '.join(changed)}); undo that, "
                          'or choose another --out or --name')
-
-# %% ../nbs/07_job.ipynb #6e730a61
-def _check_decay(job, cfg):
-    "Raise `InputError` where weight decay would pull at an embedding of which only added rows are trained"
-    if not (cfg.lora and job.added and cfg.train.weight_decay): return
-    raise InputError(
-        '--weight-decay: would pull at the whole embedding, '
-        f'of which {len(job.added)} rows are trained here, got {cfg.train.weight_decay}; '
-        'leave it out, or train all weights without --lora')
 
 # %% ../nbs/07_job.ipynb #c7e5c46e
 def _fit_time(job, rows, val_rows, cfg, say):
@@ -209,7 +220,7 @@ def _fit_time(job, rows, val_rows, cfg, say):
     pace = None
     about = 'as when it began'
     if not steps:
-        pace = measure_pace(job.loaded.model, rows, val_rows, cfg.train)
+        pace = measure_pace(job.loaded.model, first_rows(rows, cfg.train)[0], val_rows, cfg.train)
         steps = fit_steps(pace, cfg.minutes, len(rows), cfg.train)
         about = f'{pace.step:.2g} s a step, {pace.validation:.2g} s a validation'
     train = replace(cfg.train, steps=steps)
@@ -217,6 +228,22 @@ def _fit_time(job, rows, val_rows, cfg, say):
     about = f'{steps} steps for {cfg.minutes:g} minutes: {about}; the rate ends at {rate:g}'
     say(Stage('time', about, steps=steps, minutes=cfg.minutes, last_rate=rate))
     return replace(cfg, train=train), pace
+
+# %% ../nbs/07_job.ipynb #dc51e9f0
+def _preflight(job, checked, cfg, pace, say):
+    "Make the checks of preflight, of a stream on its first rows, and raise `InputError` if one is bad"
+    model = job.loaded.model
+    rows, val_rows = checked
+    stops = default_stop_ids(model, job.loaded.tokenizer, job.template)
+    first, settings = first_rows(rows, cfg.train)
+    if cfg.stream:
+        say(Stage('preflight', f'looks at the first {len(first)} rows of the order'))
+        pace = pace or measure_pace(model, first, val_rows, settings)
+        val_rows = () # which of them are training rows is not known
+    found = check_run(model, first, val_rows, settings, tokenizer=job.loaded.tokenizer,
+                      stop_ids=stops, folder=Path(cfg.out), pace=pace)
+    say(Stage('preflight', f'\n{found}', outcomes=[asdict(o) for o in found.outcomes]))
+    found.raise_if_bad()
 
 # %% ../nbs/07_job.ipynb #82552440
 def _check_job(
@@ -226,27 +253,20 @@ def _check_job(
 )->tuple[tuple, JobConfig]: # Rows to train and to validate on, and the choices with the steps that fit
     "Encode the rows and look at everything that can be looked at before training, raising `InputError`"
     out = Path(cfg.out)
-    rows:Any = encode_part(job, job.split.train, cfg)
-    val_rows:Any = encode_part(job, job.split.val, cfg)
-    receipt = val_rows.receipt
-    facts = {'training': asdict(rows.receipt), 'validation': asdict(receipt)}
-    say(Stage('rows', str(rows.receipt), **facts))
-    if receipt.tokens<receipt.tokens_in: say(f'          for validation: {receipt}')
-    _check_decay(job, cfg)
+    rows, val_rows = _both_parts(job, cfg)
+    if not cfg.stream: tell_rows((rows, val_rows), say)
+    loaded = job.loaded
+    model = loaded.model
+    check_adapters(loaded, cfg, job.added)
+    check_row_decay(loaded, cfg, job.added)
     check_logger(cfg.logger)
-    model = job.loaded.model
     if cfg.export: gguf_settings(model.cfg, cfg.export, job.loaded.tokenizer, job.template)
     if cfg.lora_4bit: quantize_base(model)
     if cfg.lora: add_lora(model, replace(cfg.lora, tokens=(*job.added, *cfg.lora.tokens)), cfg.train.seed)
     cfg, pace = _fit_time(job, rows, val_rows, cfg, say)
     _check_same_run(out, _run_settings(job, cfg))
-    begun = (out/'checkpoints').exists() or (out/'model').exists()
-    if cfg.preflight and not begun:
-        stops = default_stop_ids(model, job.loaded.tokenizer, job.template)
-        found = check_run(model, rows, val_rows, cfg.train, tokenizer=job.loaded.tokenizer,
-                          stop_ids=stops, folder=out, pace=pace)
-        say(Stage('preflight', f'\n{found}', outcomes=[asdict(o) for o in found.outcomes]))
-        found.raise_if_bad()
+    begun = (out/'checkpoints').exists() or kept_folder(cfg).exists()
+    if cfg.preflight and not begun: _preflight(job, (rows, val_rows), cfg, pace, say)
     return (rows, val_rows), cfg
 
 # %% ../nbs/07_job.ipynb #f2013cbb
@@ -258,22 +278,6 @@ def _last_loss(log):
     "The validation loss of the weights that a run ends with"
     return log.best_val.loss if log.cfg.best else log.vals[-1].loss
 
-# %% ../nbs/07_job.ipynb #07e226f1
-def _whole_model(job, cfg):
-    "The model of a run in full precision, with the adapters that were trained beside 4-bit weights"
-    folder = Path(cfg.out)/'adapter'
-    shutil.rmtree(folder, ignore_errors=True) # from an attempt that ended here
-    save_adapter(folder, job.loaded.model, base=str(job.loaded.source))
-    whole, _ = fit_vocabulary(load_model(cfg.model), job.template, lambda text: None)
-    return load_adapter(folder, whole.model.to(choose_device(cfg.device)))
-
-# %% ../nbs/07_job.ipynb #5be1f0a2
-def _merge(model, say):
-    "Take the adapters of `model` into its weights, and say how exact that is"
-    largest = merge_lora(model)
-    about = f'merged into the weights; the largest difference of a logit is {largest:.1e}'
-    say(Stage('adapter', about, difference=largest))
-
 # %% ../nbs/07_job.ipynb #807dc0cf
 def _tune(job, checked, cfg, say):
     "Train and save the model under `cfg.out`"
@@ -282,17 +286,17 @@ def _tune(job, checked, cfg, say):
     model = job.loaded.model
     out.mkdir(parents=True, exist_ok=True)
     save_json(out/'config.json', settings_of(cfg))
-    parts = {'training': asdict(rows.receipt), 'validation': asdict(val_rows.receipt)}
-    save_json(out/'receipt.json', parts | {'data': job.intake.facts() if job.intake else {}})
+    if not cfg.stream: save_receipt(checked, job.intake, out)
     hooks = run_hooks(cfg.logger, out)
     log = train(model, rows, val_rows, cfg.train, out, hooks=hooks, resume=cfg.resume, say=say)
     if log.stopped and not out_of_patience(log):
         raise Stopped(f'{out}: {log.stopped}; the same command with --resume goes on')
-    if cfg.lora_4bit: model = _whole_model(job, cfg)
-    if cfg.lora: _merge(model, say)
+    if cfg.stream:
+        tell_rows(checked, say)
+        save_receipt(checked, job.intake, out)
     losses = [log.vals[0].loss, _last_loss(log)]
     meta = _run_settings(job, cfg) | {'settings': settings_of(cfg), 'validation_loss': losses}
-    save_model(out/'model', model, job.loaded.tokenizer, job.template, meta)
+    keep_model(job.loaded, job.template, cfg, meta, say)
 
 # %% ../nbs/07_job.ipynb #dd79a4d4
 def _train_job(
@@ -303,10 +307,10 @@ def _train_job(
 )->TrainLog: # What happened
     "Train and save model, log and plot under `cfg.out`; with `cfg.resume` go on where a run stopped"
     out = Path(cfg.out)
-    if not (out/'model').exists(): _tune(job, checked, cfg, say)
+    if not kept_folder(cfg).exists(): _tune(job, checked, cfg, say)
     shutil.rmtree(out/'checkpoints', ignore_errors=True) # of no use once the model is saved
     log = load_log(out)
-    job.loaded = load_model(out/'model')
+    job.loaded = load_model(kept_folder(cfg))
     job.loaded.model.to(choose_device(cfg.device))
     plot_losses(log).savefig(out/'loss.png', dpi=100)
     losses = {'loss_before': log.vals[0].loss, 'loss_after': _last_loss(log)}
@@ -325,13 +329,14 @@ def tune_job(
     "Tune a model on a file of records: `tune_job(JobConfig(data='my.json', out='runs/mine'))`"
     folder = new_folder(cfg.out, resume=cfg.resume)
     with as_teller(say) as tell:
-        job = prepare(cfg, tell)
+        job = _prepare_train(cfg, tell)
         checked, cfg = _check_job(job, cfg, tell)
         folder.mkdir(parents=True, exist_ok=True)
         tell.keep_in(folder)
         _train_job(job, checked, cfg, tell)
+        write_cards(folder)
         if cfg.export: export_run(folder, cfg.export, job.split.test, tell)
-    return folder/'model'
+    return kept_folder(cfg)
 
 # %% ../nbs/07_job.ipynb #e59edc05
 def _run_facts(cfg, settings, log, look):
@@ -344,6 +349,9 @@ def _run_facts(cfg, settings, log, look):
 # %% ../nbs/07_job.ipynb #6d1c6266
 def _check_all(cfg, say):
     "The job of a run, its rows and its choices, once everything has been looked at that can be"
+    if cfg.stream:
+        raise InputError('run: answers and scores a part of the set, so it reads all of it, got --stream; '
+                         'leave that out, or use sft_nb train')
     if cfg.judge: open_judge(lambda _: [], cfg.judge, cfg.judging.protocol) # is it there?
     job = prepare(cfg, say)
     _check_questions(job, job.split.test)
@@ -375,6 +383,7 @@ def run_job(
         log = _train_job(job, checked, cfg, tell)
         answer_part(job, job.split.test, out/'responses.json', cfg, tell)
         data = _report(out, cfg, _run_facts(cfg, settings, log, job.look))
+        write_cards(out, data)
         for line in [*score_lines(data), *judge_lines(data)]: tell(line)
         tell(Stage('report', str(out/'report.html'), path=str(out/'report.html')))
         job.loaded = None # the file needs its memory
@@ -385,12 +394,16 @@ def run_job(
 def plan_job(
     cfg:JobConfig, # All choices; the checks of preflight are made in any case
     say:Callable = print, # Where it is told
+    *, answers:bool = True, # Of a run that answers, too?
 )->None:
     "Look at everything a run would look at, and write nothing: `plan_job(JobConfig(data='my.json'))`"
     new_folder(cfg.out, resume=cfg.resume)
     say = as_teller(say)
     cfg = replace(cfg, preflight=True)
-    job, (rows, _), cfg = _check_all(cfg, say)
+    if answers: job, (rows, _), cfg = _check_all(cfg, say)
+    else:
+        job = _prepare_train(cfg, say)
+        (rows, _), cfg = _check_job(job, cfg, say)
     about = describe_run(cfg.train, rows, job.loaded.model)
     say(Stage('plan', f'\n{about}', steps=cfg.train.n_steps(len(rows))))
     say(Stage('dry run', 'nothing was written'))

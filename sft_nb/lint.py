@@ -22,7 +22,7 @@ from .data import Record, as_records, prompt_key
 # %% ../nbs/00b_lint.ipynb #6ddbc1fd
 _MARKERS = re.compile(r'<\|[^|<>\s]{1,40}\|>|\[/?INST\]|<</?SYS>>|</?s>|<(start|end)_of_turn>|'
                       r'###\s*(Instruction|Input|Response)\b|Below is an instruction that describes')
-_AROUND = r'[-\s.–—_<>()\[\]]*'
+_AROUND = r'[-\s.–—_<>()\[\]]*+' # gives nothing back: a long row of dashes is read once
 _WORDS = r'(no\W?(input|output|answer|response)|n/?a|none|null|nan|nil|todo|tbd)?'
 _NOTHING = re.compile(_AROUND + _WORDS + _AROUND, re.I)
 _HIDDEN = re.compile('[\0-\b\v\f\x0e-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060\ufeff]')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Loaded', 'load_model']
 
-# %% ../nbs/04j_loading.ipynb #e8b0de7f
+# %% ../nbs/04j_loading.ipynb #4f58db36
 import json
 import re
 import sys
@@ -27,6 +27,8 @@ from .decoder import Decoder
 from .families import FAMILIES, config_from_hf, file_parts, with_generation
 from .gguf_file import read_gguf
 from .fetch import DEFAULT_MODEL, HUB_NAMES, fetch_default_model, fetch_from_hub
+from .lora import merge_lora
+from .adapters import adapter_base, is_adapter, load_adapter
 
 # %% ../nbs/04j_loading.ipynb #02890263
 def _empty_decoder(cfg, dtype):
@@ -90,6 +92,7 @@ class Loaded:
     template:Template|None # None if the folder has none
     source:str # What it was loaded from
     fingerprint:str # 16 hex digits over the weights as they were stored
+    base:str|None = None # What the model under an adapter was loaded from; None: there is no adapter
 
     @property
     def cfg(self)->ModelConfig: # Its `hf` holds the files the model came with
@@ -257,30 +260,113 @@ def _models_beside(path):
     "The model folders that stand where `path` would stand"
     return [str(p) for p in path.parent.glob('*') if (p/'config.json').is_file()]
 
-# %% ../nbs/04j_loading.ipynb #c73c7949
-def _load_from_hub(hub, cache_dir, dtype):
-    "A model of the hub; where the hub fails, `InputError` names the models here that are written alike"
-    try: folder = fetch_from_hub(hub, cache_dir)
+# %% ../nbs/04j_loading.ipynb #dee973ea
+def _fetch_model(hub, cache_dir):
+    "A model's folder from the hub; where that fails, `InputError` names the models here that are alike"
+    try: return fetch_from_hub(hub, cache_dir)
     except InputError as e:
         beside = _models_beside(Path(hub))
         raise InputError(f'{e}; {near_misses(hub, beside)}' if beside else str(e)) from None
-    return replace(_load_folder(folder, dtype), source=hub)
+
+# %% ../nbs/04j_loading.ipynb #1b246588
+def _find_model(name, cache_dir):
+    "Where a model is, fetched if need be, and what it is called"
+    if name is None or name==DEFAULT_MODEL: return fetch_default_model(cache_dir), DEFAULT_MODEL
+    path = Path(name)
+    hub = HUB_NAMES.get(str(name), str(name))
+    on_hub = _looks_like_hub(hub)
+    is_here = _holds_model(path) or path.is_dir() and not on_hub
+    if is_here or path.suffix=='.gguf': return path, str(path)
+    if on_hub: return _fetch_model(hub, cache_dir), hub
+    known = [DEFAULT_MODEL, *HUB_NAMES, *_models_beside(path)]
+    raise InputError(f'model: unknown name {str(name)!r}; {near_misses(str(name), known)}')
+
+# %% ../nbs/04j_loading.ipynb #9d21b1bf
+def _load_place(place, source, dtype):
+    "A model folder or a GGUF file"
+    is_gguf = place.suffix=='.gguf' and not place.is_dir()
+    got = _load_gguf(place, dtype) if is_gguf else _load_folder(place, dtype)
+    if source==DEFAULT_MODEL: got.template = get_template('smollm2')
+    return replace(got, source=source)
+
+# %% ../nbs/04j_loading.ipynb #3fee4de5
+_WHOLE = 'model.safetensors', 'model.safetensors.index.json' # what a whole model has
+
+def _only_adapter(folder):
+    "The folder of an adapter, raising `InputError` if a whole model is in it as well"
+    whole = [name for name in _WHOLE if (folder/name).is_file()]
+    if not whole: return folder
+    raise InputError(f'{folder}: holds an adapter and a whole model, got adapter_config.json and {whole[0]}; '
+                     'keep one of them there')
+
+# %% ../nbs/04j_loading.ipynb #d3b15794
+def _adapter_folder(name, cache_dir):
+    "The folder of an adapter by its path or its name on the hub, raising `InputError` or `FileNotFoundError`"
+    path = Path(name)
+    if is_adapter(path): return _only_adapter(path)
+    if any((path/name).is_file() for name in _WHOLE):
+        raise InputError(f'{path}: holds a whole model and no adapter_config.json; give it with --model')
+    if path.exists() or not _looks_like_hub(str(name)):
+        raise FileNotFoundError(f'{path}: no adapter, got no adapter_config.json there; give a folder that '
+                                'save_adapter or peft wrote')
+    return _only_adapter(fetch_from_hub(str(name), cache_dir))
+
+# %% ../nbs/04j_loading.ipynb #bd5b137b
+def _check_once(folder, under):
+    "The SHA-256 of an adapter's weights, raising `InputError` if they are in the model `under` already"
+    if under.base is not None:
+        raise InputError(f'{folder}: a second adapter, where {under.source} is one already; merge that first')
+    weights = folder/'adapter_model.safetensors'
+    digits = file_sha256(weights) if weights.is_file() else ''
+    about = Path(under.source)/'sft_nb.json'
+    held = load_json(about) if about.is_file() else {}
+    if digits and held.get('adapter_sha256')==digits:
+        raise InputError(f'{folder}: is merged into {under.source} already; give one of the two')
+    return digits
+
+# %% ../nbs/04j_loading.ipynb #32c4aaf2
+def _put_adapter(folder, source, under, merge):
+    "An adapter on the model `under`, merged into it or beside its weights"
+    digits = _check_once(folder, under)
+    load_adapter(folder, under.model)
+    tokenizer = _load_tokenizer(folder, under.cfg) or under.tokenizer
+    if merge:
+        merge_lora(under.model)
+        under.model.requires_grad_(True)
+    template = _load_own_template(folder) or under.template
+    return Loaded(under.model, tokenizer, template, source, fingerprint(under.fingerprint + digits),
+                  under.source)
+
+# %% ../nbs/04j_loading.ipynb #ef388283
+def _load_base(folder, load):
+    "The model that an adapter names, loaded by the function `load`, or `InputError` with both names"
+    name = adapter_base(folder)
+    if is_adapter(name):
+        raise InputError(f'{folder}: its model {name!r} is an adapter, too; merge that one first')
+    try: return load(name)
+    except (InputError, OSError) as e:
+        raise InputError(f'{folder}: its model {name!r} was not loaded ({e}); give it with --model') from None
 
 # %% ../nbs/04j_loading.ipynb #35b12def
 def load_model(
     name:str|Path|None=None, # A folder, a .gguf file or 'owner/name@revision'; None: the default model
     dtype:torch.dtype|None=torch.float32, # Precision of the weights in memory; None: as stored
     cache_dir:str|Path|None=None, # Where fetched files are kept
+    *,
+    adapter:str|Path|None=None, # What `save_adapter` or `peft` wrote; alone, it names its model itself
+    merge:bool=True, # Add an adapter to the weights; False: it stays beside them and can go on learning
 )->Loaded: # Model, tokenizer, template and where they come from
     "Load a model, raising `InputError` or `FileNotFoundError` in one line: `load_model('out/model').model`"
-    if name is None or name==DEFAULT_MODEL:
-        got = _load_gguf(fetch_default_model(cache_dir), dtype)
-        return replace(got, source=DEFAULT_MODEL, template=get_template('smollm2'))
-    path = Path(name)
-    hub = HUB_NAMES.get(str(name), str(name))
-    on_hub = _looks_like_hub(hub)
-    if _holds_model(path) or path.is_dir() and not on_hub: return _load_folder(path, dtype)
-    if path.suffix=='.gguf': return _load_gguf(path, dtype)
-    if on_hub: return _load_from_hub(hub, cache_dir, dtype)
-    known = [DEFAULT_MODEL, *HUB_NAMES, *_models_beside(path)]
-    raise InputError(f'model: unknown name {str(name)!r}; {near_misses(str(name), known)}')
+    if adapter is None:
+        place, source = _find_model(name, cache_dir)
+        if not is_adapter(place): return _load_place(place, source, dtype)
+        folder = _only_adapter(place)
+        name = None
+    else:
+        folder = _adapter_folder(adapter, cache_dir)
+        source = str(adapter)
+
+    def load(base): return load_model(base, dtype, cache_dir)
+
+    under = _load_base(folder, load) if name is None else load(name)
+    return _put_adapter(folder, source, under, merge=merge)

@@ -15,6 +15,17 @@ from .basics import InputError, shorten
 from .calls import THOUGHT_KEYS
 from .data import Message, Record
 
+# %% ../nbs/00g_marks.ipynb #74d67aa1
+_READS = {key: re.compile(rf"[.'\"]{key}\b") for key in THOUGHT_KEYS}
+
+
+def _thought_entries(thought, source):
+    "The entries of a turn that hold its `thought`, as the `source` of a template reads them"
+    entries = {'reasoning_content': thought, 'thinking': thought}
+    read = [key for key in THOUGHT_KEYS if _READS[key].search(source)]
+    if read==['reasoning']: entries['reasoning'] = thought
+    return entries
+
 # %% ../nbs/00g_marks.ipynb #9b7edb04
 def turn_of(
     message:Message, # One turn
@@ -23,10 +34,9 @@ def turn_of(
     "A turn as the dictionary that a template is given: `turn_of(Message('user', 'Hi'))`"
     turn:dict[str, Any] = {'role': message.role, 'content': message.content}
     if not message.more: return turn
-    known = [key for key in THOUGHT_KEYS if re.search(rf'\b{key}\b', source)]
-    for key, value in message.more.items():
-        if key in THOUGHT_KEYS and known and key not in known: key = known[0]
-        turn[key] = value
+    turn |= message.more
+    thought = next(filter(None, map(message.more.get, THOUGHT_KEYS)), None)
+    if thought: turn |= _thought_entries(thought, source)
     if turn.pop('no_content', False): del turn['content']
     return turn
 
@@ -256,6 +266,21 @@ def _start_of_answer(template, record, i, text, first):
     raise InputError(f'{record.where} turn {i}: template {template.name!r} asks in another way than it '
                      'answers, so the model would learn what it is never asked; use another template')
 
+# %% ../nbs/00g_marks.ipynb #0d99a70b
+_LAST_MARK = re.compile(r'<[|｜][^<>|｜\s]+[|｜]>\Z')
+
+
+def _end_of_call(template, record, i, text, end):
+    "Begin and end of the stop of turn `i`, whose data end at `end`; None if that cannot be told"
+    try: whole = template.render(record.messages[:i+1], record.where, tools=record.tools)
+    except InputError: return None
+    last = len(whole.rstrip())
+    if not text.startswith(whole) or last<end: return None
+    if not template.stop:
+        return last, last
+    mark = _LAST_MARK.search(text, end, last)
+    return mark and mark.span()
+
 # %% ../nbs/00g_marks.ipynb #c2790b8d
 def answer_bounds(
     template:Any, # As for `read_places`
@@ -271,8 +296,12 @@ def answer_bounds(
     others = [begin for begin, _, leaf in places if begin>=end and leaf.turn!=i]
     at = text.find(template.stop, end, min(others, default=len(text))) if template.stop else -1
     calls = 'tool_calls' in (record.messages[i].more or {})
-    if at>=0 and (calls or not text[end:at].strip()): return Bounds(start, at, at+len(template.stop))
+    is_bare = calls or not own # then the template's own words may stand in front of the stop
+    if at>=0 and (is_bare or not text[end:at].strip()): return Bounds(start, at, at+len(template.stop))
     if not calls: return Bounds(start, end, end)
+    found = _end_of_call(template, record, i, text, end)
+    if found:
+        return Bounds(start, *found)
     raise InputError(f'{record.where} turn {i}: template {template.name!r} does not end a call with '
                      f'{template.stop!r}, where the model would stop; use another template')
 
@@ -291,7 +320,7 @@ def _cut_at(text, places, answers, begin):
     for first, behind, _ in places: edges += [first, behind]
     for bounds in answers.values(): edges += bounds
     cuts = sorted({edge for edge in edges if edge>=begin})
-    data = {first: leaf for first, _, leaf in places}
+    data = {max(first, begin): leaf for first, behind, leaf in places if behind>begin}
     for start, end in zip(cuts, cuts[1:]):
         turn = next((i for i, a in answers.items() if a.start<=start and end<=a.end), -1)
         is_stop = turn>=0 and start==answers[turn].stop

@@ -53,13 +53,15 @@ def fit_vocabulary(
 
 # %% ../nbs/06n_opening.ipynb #8426d0a9
 def open_model(
-    cfg:JobConfig, # `model`, `template`, `force_template`, `thinking` and `device` count
+    cfg:JobConfig, # `model`, `adapter`, `template`, `force_template`, `thinking` and `device` count
     say:Callable = print, # Where progress goes
     records:Sequence = (), # `Record`s that will be written in the template
+    *,
+    merge:bool = True, # Add an adapter to the weights; False: it can go on learning
 )->tuple[Loaded, Any, tuple]: # The model, the template, and the ids that were added for it
     "Load the model, and settle which template it is asked in"
     device = choose_device(cfg.device)
-    loaded = load_model(cfg.model)
+    loaded = load_model(cfg.model, adapter=cfg.adapter, merge=merge)
     template = _choose_template(loaded, cfg.template, insist=cfg.force_template)
     own = loaded.source if loaded.template else None
     if cfg.template is None: template = richer_template(template, records, own, say)
@@ -69,5 +71,7 @@ def open_model(
     n_weights = sum(p.numel() for p in loaded.model.parameters())
     facts = {'source': str(loaded.source), 'parameters': n_weights, 'template': template.name}
     about = f'{n_weights/1e6:.1f}M parameters, template {template.name}, on {device}'
-    say(Stage('model', f'{loaded.source}: {about}', device=str(device), **facts))
+    on = '' if loaded.base is None else f' on {loaded.base}'
+    if loaded.base is not None: facts['base'] = str(loaded.base)
+    say(Stage('model', f'{loaded.source}{on}: {about}', device=str(device), **facts))
     return loaded, template, added

@@ -52,10 +52,10 @@ _HOMES = {TrainConfig: ('train', ''), LoraConfig: ('adapters', 'lora_'), Samplin
 _NAMES = {(LoraConfig, 'rank'): 'lora', (Stops, 'ids'): 'stop_ids', (Stops, 'strings'): 'stop'}
 _GROUPS = {
     'rows': ('loss_on', 'prompt_weight', 'span_weights', 'max_length', 'over_long', 'no_target'),
-    'model': ('model', 'template', 'force_template', 'thinking', 'device'),
-    'run': ('preflight', 'minutes', 'logger', 'export'),
+    'model': ('model', 'adapter', 'template', 'force_template', 'thinking', 'device'),
+    'run': ('preflight', 'stream', 'minutes', 'logger', 'export'),
     'folder': ('out', 'resume'),
-    'adapters': ('lora_4bit',),
+    'adapters': ('keep_adapter', 'merge', 'lora_4bit'),
     'answers': ('answer_seed',)}
 _PARTS = 'train', 'lora', 'how', 'until', 'judge', 'judging' # their own fields are the options
 _DEFAULTS = {'lora': 0, 'max_new': 128} # as in `JobConfig()`
@@ -120,6 +120,7 @@ def _check_alone(values):
     "Raise `InputError` for settings without the one they belong to"
     for needed, names in _NEEDS.items():
         if values.get(needed): continue
+        if needed=='lora' and values.get('adapter'): names = names[:-1] # 4 bits go with it, too
         other = OPTIONS[needed].flag
         for option in (OPTIONS[name] for name in names if name in OPTIONS and _is_chosen(name, values)):
             what = f'{option.flag}: does nothing without {other}'

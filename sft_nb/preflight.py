@@ -20,7 +20,7 @@ from .tokenizer import Tokenizer
 from .decoder import Decoder
 from .optimizer import FlatAdamW
 from .choices import TrainConfig
-from .settings import plain_parts, run_bytes, step_rows
+from .settings import first_epoch, plain_parts, run_bytes
 from .steps import accumulate, block_options, check_budget, cut_step, validate
 
 # %% ../nbs/05g_preflight.ipynb #d229d0e3
@@ -141,10 +141,8 @@ def _largest_batch(
     cfg:TrainConfig, # Gives the order of the rows
 )->list: # Rows of that step
     "The rows of the step of the first epoch that holds most tokens"
-    n = len(rows)
-    n_steps = min(cfg.n_steps(n), cfg.steps_per_epoch(n))
-    def size(step): return sum(len(rows[i].ids) for i in step)
-    return [rows[i] for i in max((step_rows(s, n, cfg) for s in range(n_steps)), key=size)]
+    def size(batch): return sum(len(row.ids) for row in batch)
+    return max(first_epoch(rows, cfg)[:cfg.n_steps(len(rows))], key=size)
 
 # %% ../nbs/05g_preflight.ipynb #08ebbe26
 @dataclass(frozen=True)
@@ -292,8 +290,8 @@ class Pace:
 # %% ../nbs/05g_preflight.ipynb #baf27c1c
 def _sample_batches(rows, cfg):
     "The smallest, the middling and the largest batch of an epoch, and the tokens of an average one"
-    n_steps = cfg.steps_per_epoch(len(rows))
-    batches = [[rows[i] for i in step_rows(step, len(rows), cfg)] for step in range(n_steps)]
+    batches = first_epoch(rows, cfg)
+    n_steps = len(batches)
     sizes = [sum(len(row.ids) - 1 for row in batch) for batch in batches]
     order = np.argsort(sizes)
     picked = sorted({int(order[at]) for at in (0, n_steps//2, n_steps-1)}, key=lambda at: sizes[at])

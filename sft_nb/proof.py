@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Proof', 'export_model', 'export_run']
 
-# %% ../nbs/04r_proof.ipynb #d3c8ba96
+# %% ../nbs/04r_proof.ipynb #07c6d1a7
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,8 +26,9 @@ from .rows import encode_prompt, encode_record
 from .positions import rope_frequencies
 from .families import hf_tensors
 from .gguf_file import file_rows, gguf_names, in_file_order, open_gguf, stored_less
+from .fetch import DEFAULT_MODEL
 from .loading import load_model
-from .choices import Stops
+from .choices import Stops, check_export_kind
 from .sampling import default_stop_ids
 from .generation import generate
 from .export import GGUF_ARCHS, gguf_settings, query_factor_of, write_gguf
@@ -217,13 +219,29 @@ def _note(cfg):
     return (f'llama.cpp knows no window for {arch}: rows of more than {cfg.window} ids are computed '
             'otherwise there')
 
+# %% ../nbs/04r_proof.ipynb #052fc3dd
+_LICENCES = {DEFAULT_MODEL: 'apache-2.0'} # which are known without a look
+
+def _licence_of(source):
+    "The licence that a model's folder or GGUF file tells, or None"
+    path = Path(source)
+    if source in _LICENCES: return _LICENCES[source]
+    if path.suffix=='.gguf' and path.is_file(): return open_gguf(path)[0]('general.license')
+    card = path/'README.md'
+    text = card.read_text(errors='replace') if card.is_file() else ''
+    head = re.match(r'---\n(.*?)\n---\s', text, re.S)
+    said = re.search(r'^license: *([\w.-]+) *$', head[1], re.M) if head else None
+    return said[1] if said else None
+
 # %% ../nbs/04r_proof.ipynb #de06c2b8
 def _about(loaded):
-    "What a saved model says of its origin"
-    path = Path(loaded.source)/'sft_nb.json'
+    "What a saved model says of its origin; without a licence of its own it has that of its base"
+    folder = Path(loaded.source)
+    path = folder/'sft_nb.json'
     saved = load_json(path) if path.is_file() else {}
     told = {k: saved.get(k) for k in ('base', 'data', 'license')}
-    folder = Path(loaded.source)
+    sources = [str(s) for s in (loaded.source, told['base']) if s]
+    told['license'] = told['license'] or next(filter(None, map(_licence_of, sources)), None)
     return told | {'name': folder.resolve().name if folder.exists() else loaded.source}
 
 # %% ../nbs/04r_proof.ipynb #c6e75211
@@ -277,16 +295,20 @@ def export_model(
     records:Sequence|None = None, # Held-out `Record`s with answers; None: those of the project's own data
     *,
     template:Any = None, # A template or its name; None: the model's own, else Alpaca
+    adapter:Any = None, # An adapter that is merged into the model first
     n_answers:int = 20, # Records that are answered
+    look:Callable|None = None, # Called with model and template before anything is written
     say:Callable = print, # Where progress goes
 )->Proof: # What was measured; also kept in `export.json` beside the file
     "Export, read back, compare: `export_model('runs/mine/model', 'mine.gguf', 'q8_0')`"
     to = Path(to)
+    check_export_kind(asked)
     if to.exists(): raise FileExistsError(f'{to}: exists; choose another name or remove it')
     if records is None: records = split_records(load_records(default_data_file())).test
     records = list(records)[:32]
-    loaded = load_model(name)
+    loaded = load_model(name, adapter=adapter)
     chosen = get_template(template) if template else loaded.template or get_template('alpaca')
+    if look: look(loaded, chosen)
     note = _note(loaded.cfg)
     try: proof, wrong = _export_and_listen(loaded, chosen, to, asked, records, n_answers=n_answers)
     except BaseException:
@@ -302,12 +324,13 @@ def export_model(
 
 # %% ../nbs/04r_proof.ipynb #84a65e47
 def export_run(
-    out:Path, # A run folder with `model`
+    out:Path, # A run folder with `model`, or with `adapter` alone
     kind:str, # One of `EXPORT_KINDS`
     records:Sequence, # Held-out `Record`s
     say:Callable = print, # Where progress goes
 )->Path: # The file in it; one that a resumed run left there is kept
     "Export the model of a run: `export_run(Path('runs/mine'), 'q8_0', split.test)`"
     to = out/f'model-{kind}.gguf'
-    if not to.exists(): export_model(out/'model', to, kind, records, say=say)
+    folder = out/'model' if (out/'model').exists() else out/'adapter'
+    if not to.exists(): export_model(folder, to, kind, records, say=say)
     return to

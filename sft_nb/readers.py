@@ -238,16 +238,17 @@ def _parquet_rows(file, where):
         raise InputError(f'{where}: is a damaged Parquet file, got {got}; fetch it again') from None
 
 # %% ../nbs/00a_readers.ipynb #65afc2bd
-def _hub_rows(name, where):
+def _hub_rows(name, where, stream):
     "Pairs of an address and a row of a set on the Hugging Face hub, 'owner/name' or 'owner/name:part'"
     name, _, part = name.partition(':')
     hub = _need('datasets', where)
-    try: rows = hub.load_dataset(name, split=part or 'train')
+    try:
+        rows = hub.load_dataset(name, split=part or 'train', streaming=stream)
+        for i, row in enumerate(rows): yield f'{where} row {i}', row
     except Exception as e: # dozens of types, which all mean to the user that the set is not to be had
         got = f'{type(e).__name__} {shorten(str(e))}'
         raise InputError(f'{where}: cannot be loaded, got {got}; check the name and the network, '
                          'write hub:owner/name:split') from None
-    for i, row in enumerate(rows): yield f'{where} row {i}', row
 
 # %% ../nbs/00a_readers.ipynb #6573bd43
 def _date_text(value):
@@ -279,11 +280,12 @@ def _json_rows(rows, dropped):
 def load_rows(
     path:str|Path, # JSON, JSONL, CSV, TSV or Parquet, perhaps gzipped; '-': standard input; 'hub:owner/name'
     dropped:list[str]|None = None, # Collects messages about what is left out; None: the first one raises
+    *, stream:bool = False, # Fetch a set on the hub row by row, instead of all of it first?
 )->Iterator[tuple[str, Any]]: # An address, such as "x.json record 3", and what stands there
     "The raw entries of a file, each with its address, one by one"
     where = 'standard input' if str(path)=='-' else str(path)
     if where.startswith('hub:'):
-        yield from _json_rows(_hub_rows(where[4:], where), dropped)
+        yield from _json_rows(_hub_rows(where[4:], where, stream), dropped)
         return
     table = re.search(r'\.([ct]sv)(\.gz)?$', where, re.I)
     with open_bytes(path) as file:
@@ -329,11 +331,12 @@ def iter_records(
     rename:dict[str, str]|None = None, # The file's names for fields to ours: {'question': 'instruction'}
     dropped:list[str]|None = None, # Collects messages about what is left out; None: the first one raises
     *, fields:FieldBook|None = None, # Says which keys are carried or ignored, and counts what became of all
+    stream:bool = False, # Fetch a set on the hub row by row, instead of all of it first?
 )->Iterator[Record]: # In file order
     "The checked records of a file one by one, for sets that are larger than the memory"
     check_format(fmt)
     names:set[str] = set()
-    for where, raw in load_rows(path, dropped):
+    for where, raw in load_rows(path, dropped, stream=stream):
         if rename and isinstance(raw, dict): names.update(raw)
         try: record = _read_booked(_renamed(raw, rename, where), fmt, where, need_answer, fields=fields)
         except InputError as e: _drop(_with_rename(e, raw, rename), dropped)

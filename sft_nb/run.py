@@ -24,7 +24,8 @@ from .decoder import Decoder
 from .optimizer import FlatAdamW, Optimizer
 from .checkpoints import StopFlag, newest_checkpoint, read_tensors, save_checkpoint, stop_signals
 from .choices import TrainConfig
-from .settings import StepLog, TrainLog, ValLog, describe_run, load_log, log_line, lr_at, step_rows
+from .settings import StepLog, TrainLog, ValLog, describe_run, entries_until, load_log, log_line
+from .settings import check_same_run, lr_at, step_rows
 from .steps import RunPlan, World, accumulate, block_options, cut_step, processes, validate
 from .basics import load_json
 from .telling import bars_wanted
@@ -140,7 +141,7 @@ def make_step(
     cfg = plan.cfg
     world = plan.world
     torch.manual_seed(_dropout_seed(cfg, state.step, world.rank))
-    indices = step_rows(state.step, len(plan.train_rows), cfg)
+    indices = step_rows(state.step, len(plan.train_rows), cfg, plan.lengths)
     mine = [plan.train_rows[i] for i in indices[world.rank::world.size]]
     batches = cut_step(mine, cfg)
     n_idle = _most_pieces(plan, indices) - sum(b.n_targets>0 for b in batches) if state.spare else 0
@@ -231,21 +232,6 @@ def _fetch(
     plan.world.first(lambda: read_tensors(path/'state.safetensors', wanted))
     plan.world.copy(*wanted.values())
 
-# %% ../nbs/05f_run.ipynb #e167d864
-_MAY_DIFFER = 'cfg.keep_last', 'cfg.save_every', 'cfg.eval_batch_size', 'cfg.shard'
-
-
-def _check_identity(
-    plan:RunPlan, # The run that is asked for
-    identity:dict, # Of the run that wrote the checkpoint
-):
-    "Raise `InputError` with the differences between two runs"
-    usual = {f'cfg.{name}': value for name, value in asdict(TrainConfig()).items()}
-    changed = differences(usual | identity, plan.identity, ignore=_MAY_DIFFER)
-    if changed:
-        raise InputError(f"{plan.folder}: this is another run than the one to resume ({'; '.join(changed)}); "
-                         'undo that, or choose another folder')
-
 # %% ../nbs/05f_run.ipynb #22df8e10
 def _say(
     plan:RunPlan, # Gives `say`
@@ -267,24 +253,30 @@ def _take_up(
     state.step = meta['step']
     state.spent = meta['secs']
     old = plan.world.first(lambda: load_log(path.parent.parent))
-    state.log.steps = [s for s in old.steps if s.step<=state.step]
-    state.log.vals = [v for v in old.vals if v.step<=state.step]
+    state.log.steps, state.log.vals = entries_until(old, state.step)
     here = _circumstances(plan.world)
     for line in differences({k: meta[k] for k in here}, here):
         _say(plan, f'resume    {line}: the result is the same up to rounding, but not to the last bit')
 
 # %% ../nbs/05f_run.ipynb #083f91a6
+_MOMENT = dict(identity=dict, dtype=str, n_updates=int, secs=float, torch=str, threads=int, processes=int)
+
+
 def resume_run(
     plan:RunPlan, # With the folder of an earlier part
 )->RunState|None: # Where that part stood; None: there is nothing to go on from
     "Take up the newest whole checkpoint, raising `InputError` when it belongs to another run"
     assert plan.folder is not None
     folder = plan.folder/'checkpoints'
-    path, meta, complaints = plan.world.first(lambda: newest_checkpoint(folder))
+    path, meta, complaints = plan.world.first(lambda: newest_checkpoint(folder, _MOMENT))
     for line in complaints: _say(plan, f'resume    {line}')
     if path is None: return None
-    _check_identity(plan, meta['identity'])
-    state = begin_run(plan, getattr(torch, meta['dtype']))
+    check_same_run(meta['identity'], plan.identity, plan.folder)
+    dtype = getattr(torch, meta['dtype'], None)
+    if not meta['n_updates']==meta['step']<=plan.n_steps or not isinstance(dtype, torch.dtype):
+        raise InputError(f'{path}: is no moment of this run, which has {plan.n_steps} steps; '
+                         'remove that folder')
+    state = begin_run(plan, dtype)
     try: _take_up(plan, state, path, meta)
     except BaseException:
         state.optimizer.finish()

@@ -73,9 +73,9 @@ class Health:
         more = ''.join(f', {share:.1%} {what}' for share, what in
                        [(self.thinking, 'think'), (self.calling, 'call tools')] if share)
         cut = 'unknown' if self.cut is None else f'{self.cut:.1%}'
+        ratio = '' if math.isnan(self.length_ratio) else f', {self.length_ratio:.2f} times the reference'
         return (f'{self.n} answers: {self.empty:.1%} empty, {cut} cut at the token limit, '
-                f'{self.repeating:.1%} repeat themselves{more}; '
-                f'median {self.n_words:.0f} words, {self.length_ratio:.2f} times the reference')
+                f'{self.repeating:.1%} repeat themselves{more}; median {self.n_words:.0f} words{ratio}')
 
 # %% ../nbs/06b_scores.ipynb #10000b13
 def _share_cut(rows, facts):
@@ -158,12 +158,15 @@ def novel_recall(
     if not new: return math.nan
     return 100.*len(new & set(words(answer)))/len(new)
 
+# %% ../nbs/06b_scores.ipynb #bb65d6a4
+_NUMBERED = regex.compile(r'(?:\A|(?<=\S[^\S\n]*\n))\s*+\d+[.)]\s') # from the first of several empty lines on
+
 # %% ../nbs/06b_scores.ipynb #fcf08ba2
 def numbers_in(
     text:str, # Any text
 )->Counter: # Each number in one spelling, and how often it occurs
     "The numbers of a text, without the numbering of a list, which has at least two lines"
-    bare, n_numbered = regex.subn(r'^\s*\d+[.)]\s', '', text, flags=regex.M)
+    bare, n_numbered = _NUMBERED.subn('', text)
     found = words(bare if n_numbered>1 else text)
     return Counter(w for w in found if w.lstrip('-')[:1].isdecimal() and regex.fullmatch(r'-?[\d.]+', w))
 

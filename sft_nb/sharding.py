@@ -6,14 +6,13 @@
 __all__ = ['shard_model', 'ShardedAdamW', 'whole_weights', 'save_shards', 'read_state']
 
 # %% ../nbs/05c_sharding.ipynb #8799edb3
-import math
+import math, re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
+from safetensors import SafetensorError, safe_open
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -21,7 +20,7 @@ from .basics import InputError
 from .machine import widest_float
 from .decoder import Decoder
 from .optimizer import FlatAdamW, check_decay, windows
-from .checkpoints import open_part, read_tensors, seal_part, writing
+from .checkpoints import open_part, read_tensors, seal_part, write_tensors, writing
 from .optimizer import Optimizer
 
 # %% ../nbs/05c_sharding.ipynb #0a63540d
@@ -136,6 +135,31 @@ def whole_weights(
     def whole(t): return t.full_tensor() if isinstance(t, DTensor) else t
     return {n: whole(p.data).detach().float().cpu() for n, p in model.named_parameters()}
 
+# %% ../nbs/05c_sharding.ipynb #b8394068
+def _first_row(t):
+    "The first row that this process holds of a divided tensor: shares are equal, the last may be shorter"
+    return min(len(t), dist.get_rank()*math.ceil(len(t)/dist.get_world_size()))
+
+# %% ../nbs/05c_sharding.ipynb #f4cb5615
+def _pieces(tensors):
+    "'NAME@ROW' -> the rows of a divided tensor that this process holds, beginning with row ROW"
+    pieces = {}
+    for name, t in tensors.items():
+        mine = t.to_local()
+        if mine.numel(): pieces[f'{name}@{_first_row(t)}'] = mine
+    return pieces
+
+# %% ../nbs/05c_sharding.ipynb #fda2650c
+def _together(f):
+    "Call `f` in every process; what the disk refuses one of them, all raise"
+    fault = ''
+    try: f()
+    except OSError as e: fault = str(e.strerror or e)
+    faults:list = [None]*dist.get_world_size()
+    dist.all_gather_object(faults, fault)
+    for fault in faults:
+        if fault: raise OSError(fault)
+
 # %% ../nbs/05c_sharding.ipynb #baf59074
 def save_shards(
     folder:str|Path, # Where the run keeps its checkpoints, seen by all processes
@@ -149,12 +173,52 @@ def save_shards(
     "Write a checkpoint from all processes together; a full disk is an `InputError` in each of them"
     part = Path(folder)/f'.part-{step:08d}'
     with writing(folder, step):
-        first(lambda: open_part(folder, step))
-        try: dcp.save(tensors, storage_writer=dcp.FileSystemWriter(part/'shards', sync_files=True))
-        except CheckpointException as e:
-            why, *_ = e.failures[min(e.failures)]
-            raise OSError(str(why)) from e
+        first(lambda: (open_part(folder, step)/'shards').mkdir())
+        mine = part/f'shards/{dist.get_rank():05d}.safetensors'
+        _together(lambda: write_tensors(mine, _pieces(tensors)))
         first(lambda: seal_part(part, step, meta, keep))
+
+# %% ../nbs/05c_sharding.ipynb #09845523
+def _open_piece(file):
+    "A file that one process wrote, opened; a damaged one is an `InputError`"
+    try: return safe_open(file, 'pt')
+    except (SafetensorError, OSError) as e:
+        raise InputError(f'{file}: cannot be read ({e}); resume from an older checkpoint') from None
+
+# %% ../nbs/05c_sharding.ipynb #a525d695
+def _list_pieces(folder):
+    "Name -> sorted (first row, number of rows, file, name in the file) of all pieces"
+    found:dict = {}
+    for file in sorted(Path(folder).iterdir()):
+        if not re.fullmatch(r'[0-9]{5}\.safetensors', file.name):
+            raise InputError(f'{file}: is no shard of ours, and is not opened, for it can hold a program; '
+                             'go on with the version that wrote it, or start anew in another folder')
+        with _open_piece(file) as f:
+            for key in list(f.keys()):
+                name, _, row = key.rpartition('@')
+                if not row.isdigit(): continue
+                piece = int(row), f.get_slice(key).get_shape(), file, key
+                found.setdefault(name, []).append(piece)
+    return {name: sorted(pieces, key=lambda piece: piece[0]) for name, pieces in found.items()}
+
+# %% ../nbs/05c_sharding.ipynb #b729281a
+def _copy_rows(
+    into, # Tensor to overwrite: the rows from `at` on
+    at, # Its first row in the whole tensor
+    pieces, # Of that tensor, from `_list_pieces`
+):
+    "Copy the rows that `into` should hold; gives how many rows the pieces have, one after the other"
+    end = 0
+    for row, size, file, key in pieces:
+        if row!=end or size[1:]!=list(into.shape[1:]): return -1
+        end += size[0]
+        low = max(row, at)
+        high = min(end, at+len(into))
+        if low>=high: continue
+        with _open_piece(file) as f: rows = f.get_slice(key)[low-row:high-row]
+        if rows.dtype!=into.dtype: return -1
+        into[low-at:high-at].copy_(rows)
+    return end
 
 # %% ../nbs/05c_sharding.ipynb #1c335957
 def _read_shards(path, optimizer, kinds):
@@ -164,8 +228,14 @@ def _read_shards(path, optimizer, kinds):
         wanted = {f'{kind}/{n}': t for kind, whole_N in wanted.items()
                   for n, t in windows(optimizer.named, whole_N).items()}
     wanted = {name: t for name, t in wanted.items() if name.split('/')[0] in kinds}
-    reader = dcp.FileSystemReader(path/'shards')
-    dcp.load(wanted, storage_reader=reader, no_dist=not dist.is_initialized())
+    table = _list_pieces(path/'shards')
+    for name, t in wanted.items():
+        divided = isinstance(t, DTensor)
+        into = t.to_local() if divided else t
+        n_rows = _copy_rows(into, _first_row(t) if divided else 0, table.get(name, []))
+        if n_rows!=len(t):
+            raise InputError(f'{path}: its shards do not hold {name} as {tuple(t.shape)}, whole and once; '
+                             'it belongs to another run')
 
 # %% ../nbs/05c_sharding.ipynb #0887f275
 def _fill_parts(path, optimizer, kinds):

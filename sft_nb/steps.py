@@ -23,7 +23,8 @@ from .attention import Shortcuts
 from .flex import check_trains
 from .decoder import Decoder, batch_loss, compile_blocks
 from .choices import TrainConfig
-from .settings import run_identity
+from .streaming import StreamedRows
+from .settings import RowLengths, row_lengths, run_identity
 
 # %% ../nbs/05e_steps.ipynb #5889475d
 def micro_batches(
@@ -42,6 +43,7 @@ def check_budget(
 )->None:
     "Raise `InputError` for the first row that no micro-batch can hold"
     budget = cfg.micro_batch_tokens
+    if isinstance(rows, StreamedRows): return # each step looks at its own
     for row in rows if budget else ():
         n_tokens = len(row.ids) - 1
         if n_tokens<=budget: continue
@@ -242,11 +244,13 @@ class RunPlan:
     say:Callable=print # Where a few lines about the run go, in process 0
     world:World=World() # The processes that share the work
     identity:dict=field(init=False, repr=False) # All that must agree for a run to be the same run
+    lengths:RowLengths|None=field(init=False, repr=False) # Of the rows, where their order depends on them
 
     def __post_init__(self):
         _check_wishes(self)
         identity = run_identity(self.model, self.cfg, self.train_rows, self.val_rows)
         object.__setattr__(self, 'identity', identity)
+        object.__setattr__(self, 'lengths', row_lengths(self.train_rows, self.cfg))
 
     @property
     def n_steps(self)->int: # At least 1

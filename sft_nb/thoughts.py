@@ -116,13 +116,16 @@ def before_thought(
     return asked[:found.start()] if found else None
 
 # %% ../nbs/00k_thoughts.ipynb #147b52d0
+_ENDS = {'[THINK]': '[/THINK]', '<|START_THINKING|>': '<|END_THINKING|>'}
+
+
 def end_of_thought(
     asked:str, # A question that opens a thought
 )->str: # What stands between a thought and its answer
     "How a thought ends that a question opened: `end_of_thought('assistant<think>\\n')`"
     if not opens_thought(asked): return '' # it is ended there already
     mark = asked.rstrip()
-    closing = '[/THINK]' if mark.endswith('[THINK]') else '</think>'
+    closing = next((end for begin, end in _ENDS.items() if mark.endswith(begin)), '</think>')
     return f'\n{closing}\n\n' if asked.endswith('\n') else closing
 
 # %% ../nbs/00k_thoughts.ipynb #2fd5cf4b

@@ -105,13 +105,16 @@ def judge_prompt(
 # %% ../nbs/06f_verdicts.ipynb #fc7d2048
 _INVISIBLE = re.compile('[\u200b-\u200f\u2060-\u2064\ufeff\u00ad]')
 _THOUGHT = re.compile(r'<think(?:ing)?>.*?</think(?:ing)?>', re.S)
+_THOUGHT_END = re.compile(r'</think(?:ing)?>')
 
 
 def _after_thought(
     text:str, # A judge's reply
 )->str: # What it says when it has thought; '' if it never stops thinking
     "Take out invisible characters and `<think>` blocks"
-    text = _THOUGHT.sub('', _INVISIBLE.sub('', text))
+    text = _INVISIBLE.sub('', text)
+    last = max((end.end() for end in _THOUGHT_END.finditer(text)), default=0)
+    text = _THOUGHT.sub('', text[:last]) + text[last:] # behind `last` no thought ends: nothing to look for
     if '</think>' in text: text = text.rpartition('</think>')[2]
     return '' if '<think' in text else text.strip()
 
@@ -158,7 +161,7 @@ def read_verdict(
     text = _after_thought(text)
     is_json, value = _from_json(text, values)
     if is_json: return value
-    text = re.sub(rf'\s*(?:/|out of)\s*{values[-1]}\b', '', text)
+    text = re.sub(rf'(?<!\s)\s*+(?:/|out of)\s*{values[-1]}\b', '', text)
     marked = {float(n) for n in _MARKED.findall(text)}
     if marked: return _allowed(min(marked), values) if len(marked)==1 else None
     bare = _ENDS.fullmatch(text) or _BEGINS.fullmatch(text)

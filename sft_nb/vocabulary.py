@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['byte_bpe', 'piece_bpe', 'named_token', 'gguf_tokenizer', 'gguf_vocabulary']
 
-# %% ../nbs/01e_vocabulary.ipynb #718066f8
+# %% ../nbs/01e_vocabulary.ipynb #0924d898
 import json
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from .basics import InputError
+from .basics import InputError, shorten
 from .tokenizer import JsonTokenizer, set_start
 
 # %% ../nbs/01e_vocabulary.ipynb #f3818bc1
@@ -188,6 +188,17 @@ def _split_name(tok, ignores_merges):
         if _splitter(kind).pre_tokenize_str(_HARD)==own: return kind
     return None
 
+# %% ../nbs/01e_vocabulary.ipynb #9cedc457
+def _split_words(settings):
+    "How a tokenizer splits text, in its own words"
+    own = settings.get('pre_tokenizer') or {'type': 'no split'}
+    steps = own.get('pretokenizers', [own])
+    def words(step):
+        pattern = step.get('pattern') or {}
+        return ' '.join([step['type'], *(shorten(p) for p in pattern.values())])
+    rule = settings.get('normalizer')
+    return ', '.join(([f"normalizer {rule['type']}"] if rule else []) + [words(step) for step in steps])
+
 # %% ../nbs/01e_vocabulary.ipynb #f24667b6
 def _bpe_settings(tokenizer, n_rows):
     "Model, split, tokens, types, and merges or scores, raising `InputError` if there is no form for them"
@@ -206,7 +217,10 @@ def _bpe_settings(tokenizer, n_rows):
     pre = None
     if tokenizer.tok.pre_tokenizer: pre = _split_name(tokenizer.tok, bool(model.get('ignore_merges')))
     if not pre:
-        raise InputError(f'{where}, got a way to split text that has no name; keep the model as a folder')
+        way = _split_words(settings)
+        raise InputError(f'{where}, got a way to split text that has no name there, {way}; keep the model '
+                         'as a folder')
+    if not merges: raise InputError(f'{where}, got bytes without merges; keep the model as a folder')
     lists['merges'] = [' '.join(pair) for pair in merges]
     return lists | dict(model='gpt2', pre=pre)
 

@@ -680,3 +680,16 @@ def test_the_default_model_reads_what_transformers_reads():
         turns = [dict(role=m.role, content=m.content) for m in r.messages]
         assert judge.apply_chat_template(turns, tokenize=True, return_dict=False)==e.ids.tolist()
     assert wrong_rows(data)==[] and data.receipt.kinds['assistant']['stop']==sum(m.role=='assistant' for r in records for m in r.messages)
+
+
+def test_a_cache_tells_records_apart_that_differ_in_their_calls_and_tools_only(tmp_path):
+    def chat(name, **more):
+        call = dict(type='function', function=dict(name=name, arguments={}))
+        return [dict(messages=[dict(role='user', content='a'), dict(role='assistant', content='', tool_calls=[call])], **more)]
+
+    tools = [dict(type='function', function=dict(name='one', description='d', parameters={}))]
+    tok = get_gpt2_tokenizer().with_control_tokens(['<|im_start|>', '<|im_end|>'])
+    sets = [as_records(rows) for rows in (chat('one'), chat('two'), chat('one', tools=tools))]
+    kept = [InstructionDataset(records, tok, 'hermes', cache=tmp_path)[0].ids.tolist() for records in sets]
+    assert kept == [InstructionDataset(records, tok, 'hermes')[0].ids.tolist() for records in sets]
+    assert len({tuple(ids) for ids in kept}) == 3

@@ -12,7 +12,8 @@ from sft_nb.adapters import save_adapter
 from sft_nb.basics import InputError
 from sft_nb.choices import LoraConfig
 from sft_nb.data import as_records
-from sft_nb.export import EXPORT_KINDS, gguf_settings, write_gguf
+from sft_nb.choices import EXPORT_KINDS
+from sft_nb.export import gguf_settings, write_gguf
 from sft_nb.families import FAMILIES, hf_tensors
 from sft_nb.gguf_file import open_gguf, read_gguf
 from sft_nb.loading import load_model
@@ -26,26 +27,27 @@ from test_model import V, gguf_model, ids_of, random_model
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def toy_tokenizer(n_words=V-2):
-    "Bytes, as many as there is room for, and an end"
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet(), key=lambda c: (not c.isascii(), c))[:n_words]
-    tok = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+def toy_tokenizer(n_ids=V, end="<e>"):
+    "Bytes, as many as there is room for, one merge of two and an end"
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet(), key=lambda c: (not c.isascii(), c))[:n_ids-3]
+    tok = Tokenizer(models.BPE({c: i for i, c in enumerate([*alphabet, 'is'])}, [('i', 's')]))
     tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tok.add_special_tokens(['<s>', '<e>'])
-    return JsonTokenizer(tok, 'toy', '<e>', config=dict(bos_token='<s>'))
+    tok.add_special_tokens(["<s>", end])
+    return JsonTokenizer(tok, "toy", end, config=dict(bos_token='<s>'))
 
 
 RECORDS = as_records([dict(instruction=f'Say {n}.', input='', output=f'It is {n}.') for n in range(4, 10)])
 
 
-def toy_folder(family, tmp_path, **change):
+def toy_folder(family, tmp_path, tokenizer=None, **change):
     "A small model of a family that GGUF can hold, in a folder"
-    hf = gguf_model('gemma3' if family=='gemma3_text' else family, **change)
+    tokenizer = tokenizer or toy_tokenizer()
+    hf = gguf_model('gemma3' if family=='gemma3_text' else family, **dict(vocab_size=tokenizer.n_vocab) | change)
     if family=='gpt2': hf.config.activation_function = 'gelu_new'
-    for c in (hf.config, hf.generation_config): c.bos_token_id, c.eos_token_id = V-2, V-1
+    for c in (hf.config, hf.generation_config): c.bos_token_id, c.eos_token_id = tokenizer.token_id('<s>'), tokenizer.eos_id
     hf.save_pretrained(tmp_path/'hf')
     model = load_model(tmp_path/'hf').model
-    return save_model(tmp_path/'model', model, toy_tokenizer(), get_template('alpaca')), model
+    return save_model(tmp_path/'model', model, tokenizer, get_template('alpaca')), model
 
 
 @pytest.mark.parametrize('seed', range(4))
@@ -115,7 +117,7 @@ def test_bad_input_ends_in_one_line(tmp_path):
     (tmp_path/'empty').mkdir()
     (tmp_path/'there.gguf').write_text('x')
     before = sorted(p.name for p in tmp_path.iterdir())
-    for words, why in (((folder, '--to', tmp_path/'a.gguf', '--as', 'q8'), "did you mean 'q8_0'"), ((folder, '--to', tmp_path/'there.gguf'), 'exists'),
+    for words, why in (((folder, '--to', tmp_path/'a.gguf', '--as', 'q8'), "did you mean 'q8_0'"), ((folder, '--to', tmp_path/'a.gguf', '--as', 'q4_k_m'), "'q4_k_m' is read but cannot be written"), ((folder, '--to', tmp_path/'there.gguf'), 'exists'),
                        ((tmp_path/'empty', '--to', tmp_path/'a.gguf'), 'config.json'), ((bare, '--to', tmp_path/'a.gguf'), 'tokenizer'),
                        ((folder, '--to', tmp_path/'no'/'a.gguf'), 'no such folder')):
         done = run('export', *words)
@@ -142,6 +144,37 @@ def test_files_have_the_rights_that_the_user_gives(umask, tmp_path):
     assert rights=={p.name: (0o777 if p.is_dir() else 0o666) & ~umask for p in made}
 
 
+def test_a_file_tells_the_licence_of_its_base(tmp_path):
+    "The saved folder's own licence, else that of the folder or file it was tuned from"
+    folder, _ = toy_folder('llama', tmp_path)
+    got = load_model(folder)
+    (tmp_path/'hf'/'README.md').write_text('---\nlanguage: en\nlicense: gemma\n---\n# A model\n')
+    def told(name, **meta):
+        tuned = save_model(tmp_path/name, got.model, got.tokenizer, got.template, meta)
+        export_model(tuned, tmp_path/f'{name}.gguf', 'q8_0', RECORDS, n_answers=1, say=str)
+        get, _ = open_gguf(tmp_path/f'{name}.gguf')
+        return [get(f'general.{k}') for k in ('license', 'base_model.0.name', 'base_model.0.repo_url', 'dataset.0.name', 'dataset.0.repo_url', 'size_label')]
+    assert told('a', base=str(tmp_path/'hf'), data='hub:toys/sums')==['gemma', 'hf', None, 'toys/sums', 'https://huggingface.co/datasets/toys/sums', '75K']
+    assert told('b', base=str(tmp_path/'a.gguf'), data='x/my.json')[:4]==['gemma', 'a.gguf', None, 'my.json']
+    assert told('c', base='smollm2-135m-instruct')[:3]==['apache-2.0', 'smollm2-135m-instruct', None]
+    assert told('d', base='toys/tiny', license='mit')[:3]==['mit', 'toys/tiny', 'https://huggingface.co/toys/tiny']
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('family', ['gpt2', 'llama', 'mistral', 'qwen2', 'qwen3', 'phi3', 'gemma', 'gemma2', 'gemma3_text'])
+def test_llama_cpp_computes_the_same(family, tmp_path):
+    "The logits of a small model of each family in 32 bits, as far as llama.cpp's cache of 16 bits allows"
+    llama = pytest.importorskip('llama_cpp', reason='llama-cpp-python is not installed: pip install llama-cpp-python')
+    folder, model = toy_folder(family, tmp_path, toy_tokenizer(259), **dict(sliding_window=None) if family=='phi3' else {})
+    export_model(folder, tmp_path/'m.gguf', 'f32', RECORDS, n_answers=1, say=str)
+    theirs = llama.Llama(str(tmp_path/'m.gguf'), n_ctx=64, logits_all=True, verbose=False)
+    ids = ids_of(1, 40)
+    theirs.eval(ids[0].tolist())
+    logits = torch.from_numpy(theirs.scores[:40].copy())
+    theirs.close()
+    with torch.no_grad(): assert_close(logits, model(ids)[0], atol=1e-2, rtol=0)
+
+
 @pytest.mark.slow
 def test_llama_cpp_gives_the_same_answers(tmp_path):
     "The default model in 16 bits, answered by llama.cpp: ids of prompts and greedy answers"
@@ -161,3 +194,82 @@ def test_llama_cpp_gives_the_same_answers(tmp_path):
         with torch.no_grad():
             for _ in new: ours.append(int(got.model(torch.tensor([ours]))[0,-1].argmax()))
         assert ours[len(ids):]==new, question
+
+
+ADAPTED = { # linear maps that stand in a file under other names, in another order, or fused
+    'llama': ['q_proj', 'k_proj', 'down_proj'], 'qwen2': ['k_proj', 'o_proj', 'gate_proj'], 'phi3': ['qkv_proj', 'gate_up_proj'],
+    'gemma2': ['q_proj', 'v_proj', 'up_proj'], 'gpt2': ['c_attn', 'mlp.c_proj']}
+
+
+@pytest.mark.parametrize('family', ADAPTED)
+def test_an_adapter_beside_its_base_is_the_merged_file(family, tmp_path):
+    "Every tensor of the exported base, plus alpha/r times B and A of the exported adapter, is that of the exported merged model"
+    import numpy as np
+    from torch import nn
+    from sft_nb.adapter_file import export_adapter
+    from sft_nb.adapters import save_adapter
+    from sft_nb.choices import LoraConfig
+    from sft_nb.lora import adapted, add_lora
+    folder, model = toy_folder(family, tmp_path)
+    add_lora(model, LoraConfig(3, 5, targets=tuple(ADAPTED[family]), root_scale=True))
+    for m in adapted(model): nn.init.normal_(m.adapter.B, std=.2)
+    save_adapter(tmp_path/'thin', model, base=str(folder))
+    said = []
+    export_adapter(tmp_path/'thin', tmp_path/'thin.gguf', 'f32', say=said.append)
+    assert 'llama-cli -m BASE.gguf --lora' in said[-1]
+    for name, how in (('base', {}), ('merged', dict(adapter=tmp_path/'thin'))):
+        loaded = load_model(folder, **how)
+        write_gguf(tmp_path/f'{name}.gguf', loaded.model, gguf_settings(loaded.cfg, 'f32', toy_tokenizer()), 'f32')
+    (_, base), (_, merged), (get, thin) = (open_gguf(tmp_path/f'{n}.gguf') for n in ('base', 'merged', 'thin'))
+    scale, seen = get('adapter.lora.alpha')/3, 0
+    for name, t in base.items():
+        wanted, got = (torch.from_numpy(np.array(x[name].data)) for x in (merged, base))
+        if f'{name}.lora_a' in thin:
+            A, B = (torch.from_numpy(np.array(thin[f'{name}.lora_{k}'].data)) for k in 'ab')
+            got, seen = got + scale*B @ A, seen + 1
+            assert (B @ A).abs().max() > 1e-2
+        assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+    assert 2*seen == len(thin) and seen >= 2
+
+
+def test_what_an_adapter_file_cannot_hold_is_one_line(tmp_path):
+    from sft_nb.adapters import save_adapter
+    from sft_nb.choices import LoraConfig
+    from sft_nb.lora import add_lora
+    folder, model = toy_folder('llama', tmp_path)
+    save_adapter(tmp_path/'rows', add_lora(model, LoraConfig(2, tokens=(5,))), base=str(folder))
+    thin = save_adapter(tmp_path/'thin', add_lora(load_model(folder).model, LoraConfig(2)), base=str(folder))
+    for words, why in (((tmp_path/'rows',), 'trains rows of the embedding'), ((thin, '--as', 'q8_0'), "unknown value 'q8_0'"),
+                       ((thin, '--ollama'), '--ollama is for a whole model'), ((thin, '--data', 'x.json'), '--data is for a whole model')):
+        done = run('export', *words, '--to', tmp_path/'a.gguf')
+        assert done.returncode==2 and done.stderr.count('\n')==1 and why in done.stderr, (words, done.stderr)
+    assert not (tmp_path/'a.gguf').exists()
+
+
+@pytest.mark.slow
+def test_llama_cpp_lays_an_adapter_over_its_base(tmp_path):
+    "The default model with an adapter, in 16 bits: llama.cpp with base and --lora says what it says with the merged file"
+    llama = pytest.importorskip('llama_cpp', reason='llama-cpp-python is not installed: pip install llama-cpp-python')
+    from torch import nn
+    from sft_nb.adapter_file import export_adapter
+    from sft_nb.adapters import save_adapter
+    from sft_nb.choices import LoraConfig
+    from sft_nb.lora import adapted, add_lora
+    model = add_lora(load_model().model, LoraConfig(4, 8))
+    torch.manual_seed(3)
+    for m in adapted(model): nn.init.normal_(m.adapter.B, std=.1)
+    save_adapter(tmp_path/'thin', model, base='smollm2-135m-instruct')
+    export_adapter(tmp_path/'thin', tmp_path/'thin.gguf', 'f32', say=str)
+    for name, how in (('base', {}), ('merged', dict(adapter=tmp_path/'thin'))): export_model(None, tmp_path/f'{name}.gguf', 'f32', n_answers=1, say=str, **how)
+    text = '<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n'
+
+    def answer(name, lora=None):
+        theirs = llama.Llama(str(tmp_path/f'{name}.gguf'), n_ctx=256, verbose=False, lora_path=lora and str(lora))
+        ids = theirs.tokenize(text.encode(), add_bos=False, special=True)
+        new = []
+        for i in theirs.generate(ids, temp=0., top_k=1, repeat_penalty=1.):
+            new.append(i)
+            if len(new)==24: return new
+
+    wanted = answer('merged')
+    assert answer('base', tmp_path/'thin.gguf')==wanted and answer('base')!=wanted

@@ -41,3 +41,11 @@ def test_outputs_are_committed_and_small(path):
     assert '\r' not in text
     assert '/root/' not in text and '/home/' not in text and '/tmp/' not in text
     assert path.stat().st_size <= 250_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('path', [*NOTEBOOKS, *sorted((ROOT/'nbs/exercises').glob('*.ipynb'))], ids=lambda p: p.stem)
+def test_outputs_are_those_of_a_rerun(path):
+    "What a page shows is what it does today, on whatever processor"
+    done = subprocess.run([sys.executable, ROOT/'tests/fill_outputs.py', '--check', path], cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]

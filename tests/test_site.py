@@ -1,5 +1,6 @@
 "The site: its sources hold together (quick); built and read in a browser, nothing is broken, too wide or too pale (--slow)."
 import importlib.util
+import json
 import re
 import shlex
 import subprocess
@@ -12,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT/'tests'), str(ROOT/'tests/site')]
 import make_site  # noqa: E402
 from checks import Links, browser_faults, find_chromium, link_faults, reachable  # noqa: E402
-from reading import exercises, module_definitions, notebooks, page_name, public_names, read_cells, source_of  # noqa: E402
+from reading import exercises, imported_names, module_definitions, notebooks, page_name, public_names, read_cells, source_of  # noqa: E402
 
 TOOLS = [name for name in ('sphinx', 'myst_nb', 'furo', 'playwright') if importlib.util.find_spec(name) is None]
 PROSE = re.compile(r'```.*?```|`[^`\n]*`', re.S)
@@ -135,6 +136,12 @@ def test_cells_are_shown_without_directives():
     assert make_site.site_link('../tests/naive.py', '00_data').endswith('/blob/main/tests/naive.py')
 
 
+def test_names_with_two_meanings_are_not_linked(tmp_path):
+    source = 'from sft_nb.data import Record, as_records as read, exact\nfrom x import y\nexact = 5\n'
+    (tmp_path/'a.ipynb').write_text('{"cells": [{"cell_type": "code", "source": %s}]}' % json.dumps(source))
+    assert imported_names(tmp_path/'a.ipynb') == {'Record'}
+
+
 def test_a_folder_that_is_no_site_is_not_emptied(tmp_path):
     (tmp_path/'mine.txt').write_text('keep me')
     with pytest.raises(SystemExit, match='holds no site'): make_site.make_site(tmp_path)
@@ -166,6 +173,8 @@ def test_every_page_can_be_clicked_to(site):
 def test_prose_leads_to_definitions_and_the_index_of_search_knows_them(site):
     page = (site/'03_collate.html').read_text(encoding='utf-8')
     assert {'def-row_targets', 'def-custom_collate_fn'} <= Links(page).ids
+    assert '<a class="name" href="01c_rows.html#def-Example"><span class="n">Example</span></a>' in page # in code
+    assert '<span class="nf">row_targets</span>' in page # where it is defined it leads nowhere
     leads = {lead for p in site.glob('0*.html') for lead in Links(p.read_text(encoding='utf-8')).leads if '#def-' in lead}
     assert len(leads) > 100
     assert '../03_collate.html#def-custom_collate_fn' in Links((site/'api/collate.html').read_text(encoding='utf-8')).leads

@@ -27,7 +27,7 @@ from sft_nb.choices import LoraConfig
 from sft_nb.lora import add_lora
 from sft_nb.optimizer import FlatAdamW
 from sft_nb.choices import TrainConfig
-from sft_nb.settings import StepLog, ValLog, load_log, run_bytes
+from sft_nb.settings import StepLog, ValLog, load_log, row_lengths, run_bytes, step_rows
 from sft_nb.steps import accumulate, cut_step, micro_batches, processes, validate
 from sft_nb import run as run_module
 from sft_nb.run import train
@@ -192,7 +192,7 @@ def test_killed_and_resumed_is_never_stopped(tmp_path, dtype, prepare):
 def stop_after(n): return lambda entry, model: 'enough' if isinstance(entry, StepLog) and entry.step == n else None
 
 
-@pytest.mark.parametrize('settings', [dict(micro_batch_size=0, micro_batch_tokens=40)], ids=['tokens'])
+@pytest.mark.parametrize('settings', [dict(micro_batch_size=0, micro_batch_tokens=40), dict(length_window=2)], ids=['tokens', 'lengths'])
 def test_stopped_anywhere_and_resumed_is_never_stopped(tmp_path, settings):
     cfg = replace(CFG, **settings)
     whole = unbroken(cfg)
@@ -201,6 +201,26 @@ def test_stopped_anywhere_and_resumed_is_never_stopped(tmp_path, settings):
         model = tiny()
         log = train(model, *DATA, cfg, tmp_path/str(n), resume=True, say=quiet)
         assert (bits(model), [(s.step, s.loss) for s in log.steps], [(v.step, v.loss) for v in log.vals]) == whole
+
+
+@pytest.mark.parametrize('settings', [{}, dict(length_window=1), dict(length_window=3), dict(length_window=3, micro_batch_tokens=40, micro_batch_size=0)])
+def test_rows_sorted_by_length_are_trained_as_a_plain_loop_trains_them(settings):
+    "Autograd, PyTorch's AdamW, one row at a time, in the order of `step_rows`: each row once an epoch, each target with the same weight"
+    cfg = replace(CFG, best=False, epochs=2, lr=1e-4, schedule='constant', warmup=0., **settings)
+    model, plain, lengths = tiny(), tiny(), row_lengths(DATA[0], cfg)
+    log = train(model, *DATA, cfg, say=quiet)
+    adam = torch.optim.AdamW(plain.parameters(), lr=cfg.lr, weight_decay=0.)
+    order = [step_rows(s, len(DATA[0]), cfg, lengths) for s in range(len(log.steps))]
+    assert all(sorted(sum(order[e*6:e*6+6], [])) == list(range(22)) for e in range(2)) and order[:6] != order[6:]
+    for batch, done in zip(order, log.steps):
+        examples = [DATA[0][i] for i in batch]
+        total, _ = naive_gradients(plain, examples)
+        n_targets = sum(float(e.learn[1:].sum()) for e in examples)
+        assert done.loss == pytest.approx(total/n_targets, rel=1e-5) and done.n_targets == pytest.approx(n_targets)
+        for p in plain.parameters(): p.grad /= n_targets
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), cfg.clip)
+        adam.step()
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters()): torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5, msg=name)
 
 
 def test_a_row_over_the_budget_of_tokens_is_told_before_the_first_step(tmp_path):

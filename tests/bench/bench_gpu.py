@@ -198,7 +198,7 @@ def train_ours(device, size, small, folder):
     cfg, rows, n_steps = work(size, small)
     model = load_model(model_folder(size, small, folder)).model.to(device)
     how = TrainConfig(lr=LR, steps=WARM+n_steps, batch_size=BATCH, schedule='constant', warmup=0, dtype='bfloat16')
-    R.step_rows = lambda step, n, cfg: list(range(step*BATCH, (step+1)*BATCH))
+    R.step_rows = lambda step, n, cfg, *_: list(range(step*BATCH, (step+1)*BATCH))
     plan, clock = RunPlan(model, rows, cfg=how), Clock(device)
     state = R.begin_run(plan, torch.bfloat16)
     model.train()

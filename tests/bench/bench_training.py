@@ -119,7 +119,7 @@ def run_ours(folder, row, n_steps, threads):
         compile=row.get('compile', False))
     base = validate(model, val)
     import sft_nb.run as R
-    R.step_rows = lambda step, n, cfg: list(range(step*BATCH, min(n, (step+1)*BATCH)))  # the rows are in order already
+    R.step_rows = lambda step, n, cfg, *_: list(range(step*BATCH, min(n, (step+1)*BATCH)))  # the rows are in order already
     plan, clock = RunPlan(model, train, cfg=cfg), Clock()
     state = R.begin_run(plan, getattr(torch, row['dtype']))
     model.train()

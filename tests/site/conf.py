@@ -1,4 +1,5 @@
-"Sphinx's settings for the site, and the two things it learns here: where a definition stands, and that prose which names it leads there"
+"Sphinx's settings for the site, and what it learns here: where a definition stands, and that prose and code which name it lead there"
+import html
 import re
 import sys
 from pathlib import Path
@@ -52,10 +53,13 @@ class Book:
     def __init__(self):
         self.pages = {reading.page_name(p): p for p in reading.notebooks()}
         self.homes, self.modules, self.api, self.uses = {}, {}, {}, {}
+        self.imported = {page: reading.imported_names(p) for page, p in self.pages.items()}
+        self.imported |= {reading.page_name(p): reading.imported_names(p) for p in reading.exercises()}
         for page, path in self.pages.items():
             module, names = reading.exported_from(path)
             self.uses[page] = reading.used_names(path)
             for name in names: self.homes.setdefault(name, page)
+            self.imported[page] |= {name for name in names if not name.startswith('_')}
             if module:
                 self.modules[module] = page
                 for name in reading.public_names((reading.ROOT/f'sft_nb/{module}.py').read_text(encoding='utf-8')): self.api[name] = module
@@ -123,6 +127,30 @@ def link_names(app, doctree, page):
         link += literal
 
 
+TOKEN = re.compile(r'<span class="(\w+)">([^<]*)</span>')
+
+
+def link_code(app, page, template, context, doctree):
+    "A name of the package in a cell's code leads to the cell that defines it; nothing is run to know which name it is"
+    known = BOOK.imported.get(page)
+    if known is None or not context.get('body'): return
+
+    def linked(cell):
+        before = ['', '']
+        def link(token):
+            kind, text = token[1], html.unescape(token[2])
+            after = cell[0][token.end():token.end()+40]
+            whole = before[-1] != '.' or before[-2] == 'sft_nb' and text in BOOK.api # a name, or an attribute of the package
+            before.append(text)
+            place = BOOK.homes.get(text) if kind == 'n' and whole and (text in known or before[-2] == '.') else None
+            if place is None or after.startswith('<span class="o">=</span>'): return token[0]
+            uri = app.builder.get_relative_uri(page, place) if place != page else ''
+            return f'<a class="name" href="{uri}#def-{text}">{token[0]}</a>'
+        return TOKEN.sub(link, cell[0])
+
+    context['body'] = re.sub(r'<div class="cell_input.*?</pre>', linked, context['body'], flags=re.S)
+
+
 def ancestors(node):
     while node.parent is not None:
         node = node.parent
@@ -141,4 +169,5 @@ def setup(app):
     app.connect('doctree-read', mark_definitions)
     app.connect('doctree-resolved', link_names)
     app.connect('missing-reference', type_target)
+    app.connect('html-page-context', link_code)
     return {'parallel_read_safe': True, 'parallel_write_safe': True}

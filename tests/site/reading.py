@@ -186,3 +186,13 @@ def used_names(path):
     return {n.id for n in nodes if isinstance(n, ast.Name)} | \
         {a.name for n in nodes if isinstance(n, ast.ImportFrom) for a in n.names} | \
         {n.attr for n in nodes if isinstance(n, ast.Attribute)}
+
+
+def imported_names(path):
+    "Names that a notebook takes from the package as they are called there"
+    trees = [parsed(source_of(c)) for c in read_cells(path) if c['cell_type'] == 'code']
+    nodes = [n for t in trees if t for n in ast.walk(t)]
+    ours = [n for n in nodes if isinstance(n, ast.ImportFrom) and (n.module or '').split('.')[0] == 'sft_nb']
+    bound = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    bound |= {n.arg for n in nodes if isinstance(n, ast.arg)} # a name with two meanings leads nowhere
+    return {a.name for n in ours for a in n.names if a.asname is None} - bound
