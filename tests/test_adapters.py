@@ -99,7 +99,7 @@ def test_every_command_takes_it(home, capsys, monkeypatch):
     assert main(['inspect', 'toy.json', '--adapter', 'runs/alone/adapter', '--rows', '1']) == 0
     assert 'chatml' in capsys.readouterr().out
     monkeypatch.setattr('builtins.input', iter(['Add 1 and 2.', '']).__next__)
-    monkeypatch.setattr('sft_nb.cli._read_line', iter(['Add 1 and 2.', '']).__next__)
+    monkeypatch.setattr('sft_nb.talk._read_line', iter(['Add 1 and 2.', '']).__next__)
     assert main(['chat', '--adapter', 'runs/both/adapter', '--max-new', '2', '--device', 'cpu']) == 0
 
 

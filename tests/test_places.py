@@ -15,7 +15,7 @@ TINY = dict(model_type='gpt2', architectures=['GPT2LMHeadModel'], vocab_size=502
 POORER = '''
 import builtins, io, mmap, os, pathlib, signal, sys
 # libraries that look at the system while they are imported
-import torch, numpy, matplotlib.pyplot, tiktoken, sacrebleu, httpx, filelock, gguf, tqdm.auto, scipy.stats, tenacity, ftfy, jsonschema, tokenizers, safetensors.torch, huggingface_hub, torch.distributed.fsdp, torch.distributed.checkpoint
+import torch, numpy, matplotlib.pyplot, tiktoken, sacrebleu, httpx, filelock, gguf, tqdm.auto, scipy.stats, tenacity, ftfy, jsonschema, tokenizers, safetensors.torch, huggingface_hub, huggingface_hub.repocard_data, torch.distributed.fsdp, torch.distributed.checkpoint
 sys.modules['fcntl'] = sys.modules['resource'] = sys.modules['pwd'] = None     # importing them fails
 
 def refuse(*args, **kw): raise AssertionError('not on this system')
