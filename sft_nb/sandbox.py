@@ -42,6 +42,8 @@ def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=
 _MAX_STEPS = 500_000 # Turns of loops, calls, entries of lists
 _MAX_CHARS = 100_000_000 # Characters that are made on the way
 _MAX_SECS = 4. # Seconds of the processor, not of the clock
+_BETWEEN_STEPS = 200 # After so many steps
+_BETWEEN_CHARS = 1_000_000 # or characters the limits are looked at
 
 
 class _Overrun(jinja2.TemplateError):
@@ -49,19 +51,27 @@ class _Overrun(jinja2.TemplateError):
 
 # %% ../nbs/00l_sandbox.ipynb #28d3b9ce
 class _Meter:
-    "What one rendering has used so far"
+    "What one rendering has used so far; the clock is looked at now and then"
     def __init__(self):
         self.steps = 0
         self.chars = 0
+        self.free_steps = _BETWEEN_STEPS
+        self.free_chars = _BETWEEN_CHARS
         self.begun = time.thread_time()
 
     def charge(self, steps, chars=0):
         "Count, raising `_Overrun` when it is too much"
         self.steps += steps
         self.chars += chars
+        if self.steps>self.free_steps or self.chars>self.free_chars: self.look()
+
+    def look(self):
+        "Hold what was counted, and the time, against the limits"
         if self.steps>_MAX_STEPS: raise _Overrun(f'takes more than {_MAX_STEPS:,} steps')
         if self.chars>_MAX_CHARS: raise _Overrun(f'makes more than {_MAX_CHARS:,} characters')
         if time.thread_time()-self.begun>_MAX_SECS: raise _Overrun(f'computes for more than {_MAX_SECS:g} s')
+        self.free_steps = self.steps + _BETWEEN_STEPS
+        self.free_chars = self.chars + _BETWEEN_CHARS
 
 # %% ../nbs/00l_sandbox.ipynb #0b79b1cf
 _running:ContextVar = ContextVar('meter', default=None)
@@ -69,7 +79,11 @@ _running:ContextVar = ContextVar('meter', default=None)
 
 def _charge(steps, chars=0):
     "Count for the rendering that goes on; outside of one, for nobody but within the same limits"
-    (_running.get() or _Meter()).charge(steps, chars)
+    meter = _running.get()
+    alone = meter is None
+    if alone: meter = _Meter()
+    meter.charge(steps, chars)
+    if alone: meter.look()
 
 # %% ../nbs/00l_sandbox.ipynb #951111ed
 def _charge_nested(value):
@@ -145,40 +159,43 @@ class _Wrap(NodeTransformer):
     def __init__(self, env): self.env = env
 
     def paid(self, node, name, *args):
-        "A call of the environment's `name`, instead of `node`"
-        method = nodes.EnvironmentAttribute(name)
-        made = nodes.Call(method, list(args), [], None, None)
+        "`args` through the filter `name`, instead of `node`; filters are called without Jinja's ceremony"
+        first, *rest = args
+        made = nodes.Filter(first, name, rest, [], None, None)
         made.set_lineno(node.lineno, override=True)
         return made.set_environment(self.env)
 
     def visit_For(self, node):
         self.generic_visit(node)
         printed = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
-        node.iter = self.paid(node, 'turns', node.iter, nodes.Const(printed))
+        node.iter = self.paid(node, '!turns', node.iter, nodes.Const(printed))
         return node
 
     def visit_Concat(self, node):
         self.generic_visit(node)
-        return self.paid(node, 'joined', *node.nodes)
+        return self.paid(node, '!joined', *node.nodes)
 
     def visit_List(self, node):
         self.generic_visit(node)
-        return node if node.items==[] else self.paid(node, 'built', node)
+        return node if node.items==[] else self.paid(node, '!built', node)
 
 # %% ../nbs/00l_sandbox.ipynb #d2170e33
 class _WrapAll(_Wrap):
     "Charges tuples and dictionaries, too"
     def visit_Tuple(self, node):
         self.generic_visit(node)
-        return self.paid(node, 'built', node) if node.ctx=='load' and node.items else node
+        return self.paid(node, '!built', node) if node.ctx=='load' and node.items else node
 
     def visit_Dict(self, node):
         self.generic_visit(node)
-        return self.paid(node, 'built', node) if node.items else node
+        return self.paid(node, '!built', node) if node.items else node
 
 # %% ../nbs/00l_sandbox.ipynb #334a8c77
 def _charge_product(operator, left, right):
     "Charge what an operator may make"
+    if operator=='+' and type(left) is type(right) is str:
+        _charge(1, len(left) + len(right))
+        return
     sizes = [len(v) for v in (left, right) if isinstance(v, (str, bytes, list, tuple))]
     counts = [v for v in (left, right) if isinstance(v, int)]
     if operator=='%' and isinstance(left, (str, bytes)):
@@ -197,31 +214,46 @@ def _charge_product(operator, left, right):
         _charge(1)
     else: _charge(1, sum(sizes))
 
+# %% ../nbs/00l_sandbox.ipynb #9056241d
+def _each(values, printed):
+    "The values one by one, each charged as it comes"
+    for value in values:
+        _charge(1, printed)
+        yield value
+
 # %% ../nbs/00l_sandbox.ipynb #90562418
-class _Paid(ImmutableSandboxedEnvironment):
-    "What the wrapped loops, texts and lists call"
-    def turns(self, values, printed):
-        "What a loop goes over, each turn of which prints some fixed text"
-        if not isinstance(values, (str, list, tuple, dict, range)): return self._each(values, printed)
-        _charge(len(values), len(values)*printed)
-        return values
+@jinja2.pass_context # what is given a context is never computed beforehand
+def _turns(context, values, printed):
+    "What a loop goes over, each turn of which prints some fixed text"
+    if not isinstance(values, (str, list, tuple, dict, range)): return _each(values, printed)
+    _charge(len(values), len(values)*printed)
+    return values
 
-    def _each(self, values, printed):
-        for value in values:
-            _charge(1, printed)
-            yield value
+# %% ../nbs/00l_sandbox.ipynb #90562419
+@jinja2.pass_context
+def _joined(context, *parts):
+    "Values as one text"
+    text = ''.join(map(str, parts))
+    _charge(1, len(text))
+    return text
 
-    def joined(self, *parts):
-        texts = [str(part) for part in parts]
-        _charge(1, sum(map(len, texts)))
-        return ''.join(texts)
+# %% ../nbs/00l_sandbox.ipynb #9056241a
+@jinja2.pass_context
+def _built(context, value):
+    "A list, a tuple or a dictionary that a template writes"
+    return _charge_nested(value)
 
-    def built(self, value): return _charge_nested(value)
+# %% ../nbs/00l_sandbox.ipynb #9056241c
+_PAID = {'!turns': _turns, '!joined': _joined, '!built': _built}
 
 # %% ../nbs/00l_sandbox.ipynb #30b012d8
-class _Sandbox(_Paid):
+class _Sandbox(ImmutableSandboxedEnvironment):
     "Jinja's sandbox, in which every loop, call, operator and output is charged"
     intercepted_binops = frozenset(['+', '*', '**', '%'])
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.filters = {name: _metered(name, f) for name, f in self.filters.items()} | _PAID
 
     def _parse(self, source, name, filename):
         return _WrapAll(self).visit(super()._parse(source, name, filename))
@@ -244,7 +276,7 @@ class _Sandbox(_Paid):
         return super().call_binop(context, operator, left, right)
 
     def call(self, context, obj, *args, **named):
-        if isinstance(obj, LoopContext): args = (self.turns(args[0], 0), *args[1:])
+        if isinstance(obj, LoopContext): args = (_turns(context, args[0], 0), *args[1:])
         owner = getattr(obj, '__self__', None)
         if isinstance(owner, (str, bytes)):
             given = *args, *named.values()
@@ -270,8 +302,7 @@ def compile_jinja(
         lstrip_blocks=True,
         extensions=[_GenerationTag, loopcontrols],
         finalize=_count_output)
-    env.filters['tojson'] = _to_json
-    env.filters = {name: _metered(name, f) for name, f in env.filters.items()}
+    env.filters['tojson'] = _metered('tojson', _to_json)
     env.globals['raise_exception'] = _raise_exception
     del env.globals['lipsum'] # prints as much as it is asked for, and nothing that a model was trained on
     try: return env.from_string(source)
