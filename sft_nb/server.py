@@ -190,7 +190,7 @@ def _server_words(body):
         said = json.loads(body)
         if isinstance(said, dict): said = said.get('error', said.get('detail', said))
         if isinstance(said, dict): said = said.get('message', said)
-    except ValueError: said = body[:300].decode('utf-8', 'replace')
+    except (ValueError, RecursionError): said = body[:300].decode('utf-8', 'replace')
     return ' '.join(str(said).split())[:300] or 'no reason given'
 
 # %% ../nbs/06d_server.ipynb #b50e9813
@@ -218,7 +218,7 @@ def _wanted(status, headers, data, read):
         raise Passing(f'HTTP {status}: {_server_words(data)}', _wished_wait(headers), kind)
     if status>=300: raise Declined(status, _server_words(data))
     try: found = json.loads(data)
-    except ValueError: raise Passing(f'HTTP {status} with a body that is not JSON: {data[:60]!r}') from None
+    except (ValueError, RecursionError): raise Passing(f'HTTP {status} with a body that is not JSON: {data[:60]!r}') from None
     try: return read(found)
     except (KeyError, TypeError, IndexError, AttributeError, ValueError):
         what = f'a body that is not what was asked for: {shorten(found)}'

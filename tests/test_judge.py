@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 from scripted_server import Scripted, fair_level
 from test_evaluation import kill_when_grown
@@ -18,7 +20,7 @@ from test_evaluation import kill_when_grown
 from sft_nb.basics import InputError
 from sft_nb.responses import answer_file, load_responses, save_responses
 from sft_nb.choices import Patience
-from sft_nb.server import Server, Wish, chat, first_reply
+from sft_nb.server import Declined, Passing, Server, Wish, chat, first_reply
 from sft_nb.respond import respond_file, server_answers
 from sft_nb.verdicts import check_judge, get_protocol, judge_prompt, quote, read_cut_verdict, read_verdict
 from sft_nb.ledger import FINAL, JudgeStopped
@@ -125,6 +127,24 @@ def test_a_slow_server_is_left_at_the_deadline(tmp_path):
         judged = judge(path, server, timeout=0.3, tries=2)
         assert judged.counts == {'error': 1} and math.isnan(judged.mean.mean)
         assert time.monotonic()-started < 4
+
+
+@pytest.mark.parametrize('status, headers, body, why', [
+    (200, {}, b'[' * 200_000, 'is not JSON'),
+    (400, {}, b'[' * 200_000, 'HTTP 400: [[['),
+    (307, {'location': 'http://127.0.0.1:1/elsewhere'}, b'', 'HTTP 307'),
+    (200, {}, b' ' * 20_000_001, 'does not end'),
+    (200, {'content-encoding': 'gzip'}, b'no gzip', 'DecodingError')])
+def test_odd_replies_are_one_line_and_redirects_are_not_followed(status, headers, body, why):
+    asked = []
+
+    def reply(request):
+        asked.append(str(request.url))
+        return httpx.Response(status, headers=headers, stream=httpx.ByteStream(body))
+
+    server = Server('http://127.0.0.1:1/v1', 'x', key='secret', transport=httpx.MockTransport(reply), patience=Patience(tries=1))
+    with pytest.raises((Passing, Declined), match=re.escape(why)) as e: chat(server, 'Hello')
+    assert asked == ['http://127.0.0.1:1/v1/chat/completions'] and len(str(e.value)) < 500 and '\n' not in str(e.value)
 
 
 def test_a_dripping_server_is_left_at_the_deadline():
