@@ -22,7 +22,7 @@ def parsed_field(
     "The object that `value` is or says: `parsed_field('{\"town\": \"Ulm\"}', 'arguments', 'x')`"
     if isinstance(value, str):
         try: value = json.loads(value)
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise InputError(f'{where}: {name!r} is no JSON ({e}), got {shorten(value)}; mend it') from None
     try: json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:

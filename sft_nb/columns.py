@@ -95,7 +95,7 @@ def turns_in(
     "The turns in a field: `turns_in('[{\"role\": \"user\"}]')`"
     if isinstance(value, str) and value.lstrip()[:1]=='[':
         try: value = json.loads(value)
-        except ValueError: return [] # the reader of records will say so
+        except (ValueError, RecursionError): return [] # the reader of records will say so
     return [turn for turn in value if isinstance(turn, dict)] if isinstance(value, list) else []
 
 # %% ../nbs/00_columns.ipynb #b4e9ca2a

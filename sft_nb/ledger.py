@@ -56,7 +56,7 @@ class Ledger:
         lines = self.path.read_bytes().split(b'\n') if self.path.exists() else []
         for line in filter(bytes.strip, lines):
             try: self._keep(json.loads(line))
-            except (ValueError, KeyError, TypeError): self.torn += 1
+            except (ValueError, KeyError, TypeError, RecursionError): self.torn += 1
 
     def _keep(self, row):
         self.n_attempts[row['key']] += 1

@@ -234,7 +234,7 @@ def _add_lines(file, rows):
 def _read_line(where, line, fields):
     "What a line of the file holds, raising `InputError` if one of the `fields` is missing"
     try: row = json.loads(line)
-    except ValueError: row = None
+    except (ValueError, RecursionError): row = None
     if isinstance(row, dict) and fields<=row.keys(): return row
     raise InputError(f'{where}: is damaged, got {shorten(line)}; '
                      'take the line out, or remove the file to begin anew')

@@ -218,7 +218,8 @@ def _wanted(status, headers, data, read):
         raise Passing(f'HTTP {status}: {_server_words(data)}', _wished_wait(headers), kind)
     if status>=300: raise Declined(status, _server_words(data))
     try: found = json.loads(data)
-    except (ValueError, RecursionError): raise Passing(f'HTTP {status} with a body that is not JSON: {data[:60]!r}') from None
+    except (ValueError, RecursionError):
+        raise Passing(f'HTTP {status} with a body that is not JSON: {data[:60]!r}') from None
     try: return read(found)
     except (KeyError, TypeError, IndexError, AttributeError, ValueError):
         what = f'a body that is not what was asked for: {shorten(found)}'

@@ -318,7 +318,7 @@ def _way_works(judge):
         if not e.kind: return False
         place = judge.server.place.base
         raise InputError(f'judge {place}: no answer while it was tried out ({e}); try again later') from None
-    except (Declined, ValueError): return False
+    except (Declined, ValueError, RecursionError): return False
 
 # %% ../nbs/06f_verdicts.ipynb #13c6fb9f
 WAYS = ('decision', 'logprobs', 'json', 'text')
