@@ -31,7 +31,7 @@ def site_link(target, page):
     inside, up = file.relative_to(ROOT).as_posix(), '../'*page.count('/')
     if inside in PAGES: return f'{up}{PAGES[inside]}.md'
     if inside.startswith('nbs/') and file.is_dir(): inside, anchor = sorted(file.glob('*.ipynb'))[0].relative_to(ROOT).as_posix(), ''
-    if inside.startswith('nbs/') and inside.endswith('.ipynb'):
+    if inside.startswith('nbs/') and inside.endswith(('.ipynb', '.png')):
         return up + inside.removeprefix('nbs/') + (f'#{anchor}' if anchor else '')
     return f"{settings()['git_url']}/blob/{settings()['branch']}/{inside}"
 
@@ -167,6 +167,7 @@ def write_sources(folder):
         target = folder/f'{page_name(path)}.ipynb'
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps(site_notebook(path), ensure_ascii=False), encoding='utf-8')
+    shutil.copytree(ROOT/'nbs/pictures', folder/'pictures')
     pages = {name: site_prose((ROOT/file).read_text(encoding='utf-8'), 'index') for file, name in PAGES.items()}
     for name, text in (pages | api_pages()).items():
         (folder/f'{name}.md').parent.mkdir(exist_ok=True)
