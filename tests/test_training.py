@@ -306,7 +306,7 @@ def test_a_signal_saves_and_stops_cleanly(tmp_path, number):
     p = run_child(tmp_path/'run', cfg)
     while not (tmp_path/'run/log.jsonl').exists() or len((tmp_path/'run/log.jsonl').read_text().splitlines()) < 12: time.sleep(.02)
     os.kill(p.pid, number)
-    p.join(300)
+    p.join(30)
     log = load_log(tmp_path/'run')
     assert p.exitcode == 0 and log.stopped.startswith(signal.Signals(number).name)
     assert os.listdir(tmp_path/'run/checkpoints') == [f'step-{log.steps[-1].step:08d}']
