@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PackedWeight', 'with_mean_rows']
 
-# %% ../nbs/04bb_packed.ipynb #4f34e8e8
+# %% ../nbs/04bb_packed.ipynb #cb8e219e
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .basics import InputError
-from .planes import Packed, in_own_order, in_tile_order, some_rows, tiles
+from .planes import Planes, in_own_order, in_tile_order, rows_at, tiles
 from .kernels import ByHand
 
 # %% ../nbs/04bb_packed.ipynb #1faab3be
-_Part = Packed|Tensor
+_Part = Planes|Tensor
 
 def _bytes_of(part):
     "The tensor that a part is stored in"
@@ -34,11 +34,11 @@ def _moved(part, device):
 # %% ../nbs/04bb_packed.ipynb #5651f247
 class PackedWeight(Tensor):
     "A frozen matrix in blocks; `F.linear`, `F.embedding` and `torch.mm(x, weight)` know it"
-    parts:tuple # `Packed`, or plain tensors (rows, columns), one below the other
+    parts:tuple # `Planes`, or plain tensors (rows, columns), one below the other
 
     @staticmethod
     def __new__(cls,
-        parts:Iterable, # `Packed`, or plain tensors (rows, columns), one below the other
+        parts:Iterable, # `Planes`, or plain tensors (rows, columns), one below the other
         dtype:torch.dtype = torch.float32, # What it counts as
     ):
         parts = tuple(parts)
@@ -114,7 +114,7 @@ def _backward(g, weight):
     last = None
     def add():
         "What a part gives, in its own order"
-        total.add_(in_own_order(own, last) if isinstance(last, Packed) else own)
+        total.add_(in_own_order(own, last) if isinstance(last, Planes) else own)
     for part, columns, tile in _tiles_of(weight, g.dtype):
         if last is not None and part is not last:
             add()
@@ -158,7 +158,7 @@ def _embedding(ids, weight, *_, **__):
         here = ((flat>=start) & (flat<stop)).nonzero()[:,0]
         own = flat[here] - start
         if len(here):
-            rows = part[own] if isinstance(part, Tensor) else some_rows(part, own)
+            rows = part[own] if isinstance(part, Tensor) else rows_at(part, own)
             found[here] = rows.to(weight.dtype)
         start = stop
     return found.view(*ids.shape, -1)
