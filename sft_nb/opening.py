@@ -53,7 +53,7 @@ def fit_vocabulary(
 
 # %% ../nbs/06n_opening.ipynb #8426d0a9
 def open_model(
-    cfg:JobConfig, # `model`, `adapter`, `template`, `force_template`, `thinking`, `device` and `weights` count
+    cfg:JobConfig, # `model`, `adapter`, `template`, `force_template`, `thinking`, `device`, `weights` count
     say:Callable = print, # Where progress goes
     records:Sequence = (), # `Record`s that will be written in the template
     *,
