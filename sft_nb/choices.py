@@ -18,6 +18,7 @@ from .basics import InputError, check_choice, check_fields, rule, shorten
 _SCHEDULES = 'cosine', 'linear', 'wsd', 'constant'
 _DTYPES = 'auto', 'float32', 'bfloat16'
 _ATTENTION = 'auto', 'products', 'fused', 'flex'
+_WEIGHTS = 'full', 'blocks'
 _LOGGERS = '', 'tensorboard', 'wandb'
 
 
@@ -253,6 +254,7 @@ class JobConfig:
     force_template:bool = False # Use a tuned model in another template than its own
     thinking:str|None = None # 'on', 'off' or 'record'; None: as the model was tuned, else as the record is
     device:str = 'auto' # 'cpu', 'cuda', 'cuda:1', 'mps' ...; 'auto': the fastest that is sound
+    weights:str = _ruled('full', one_of=_WEIGHTS) # 'blocks': those of a GGUF file stay packed, to the bit
     train:TrainConfig = field(default_factory=TrainConfig) # How to train
     lora:LoraConfig|None = None # Train adapters and merge them; a number is their rank; None: all weights
     keep_adapter:bool = False # Keep the adapter as a folder of its own, as `peft` writes it

@@ -9,13 +9,12 @@ __all__ = ['FAMILIES', 'Family', 'config_from_hf', 'with_generation', 'stop_ids'
 # %% ../nbs/04g_families.ipynb #17001749
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-
 from torch import Tensor
-
 from .basics import InputError, near_misses, shorten
 from .model import ModelConfig
 from .positions import check_scaling
 from .decoder import Decoder
+from .packed import in_blocks
 
 # %% ../nbs/04g_families.ipynb #e7593b53
 _FIRST_LENGTH = 'original_max_position_embeddings'
@@ -397,4 +396,7 @@ def hf_tensors(
     if any('.adapter.' in name for name, _ in model.named_parameters()):
         raise InputError('save_model: the model has LoRA adapters; merge_lora(model) first, or write them '
                          'alone with save_adapter')
+    if in_blocks(model):
+        raise InputError('save_model: the weights are in blocks, which only their GGUF file can hold; load '
+                         'that with full weights')
     for name, p in model.named_parameters(): yield from file_parts(model.cfg, name, p.data)

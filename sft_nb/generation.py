@@ -46,6 +46,7 @@ def _pack_weight(
     bias:Tensor|None=None, # (outputs,)
 ): # Function of x (..., inputs), or None where the machine or this version of torch cannot do it
     "A linear map whose weights are laid out for oneDNN"
+    if type(weight.data) is not Tensor: return None # in blocks, or of four bits: as it is
     if weight.device.type!='cpu' or weight.dtype not in (torch.float32, torch.bfloat16): return None
     try:
         op = torch.ops.mkldnn

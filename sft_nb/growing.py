@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['resize_vocab']
 
-# %% ../nbs/04ga_growing.ipynb #c59cff9f
+# %% ../nbs/04ga_growing.ipynb #b6092ca6
 from dataclasses import replace
 
 import torch
 from torch import nn
 
+from .packed import PackedWeight, with_mean_rows
 from .decoder import Decoder
 
 # %% ../nbs/04ga_growing.ipynb #2e043914
@@ -18,6 +19,8 @@ def _grown_table(weight, n_rows):
     "A parameter with `n_rows` rows; those that are new are the mean of the old ones"
     old = weight.data
     if n_rows<=len(old): return weight
+    if isinstance(old, PackedWeight):
+        return nn.Parameter(with_mean_rows(old, n_rows - len(old)), requires_grad=False)
     mean = old.mean(0, dtype=torch.float32).to(old.dtype)
     return nn.Parameter(torch.cat([old, mean.expand(n_rows - len(old), -1)]))
 

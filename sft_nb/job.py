@@ -310,7 +310,7 @@ def _train_job(
     if not kept_folder(cfg).exists(): _tune(job, checked, cfg, say)
     shutil.rmtree(out/'checkpoints', ignore_errors=True) # of no use once the model is saved
     log = load_log(out)
-    job.loaded = load_model(kept_folder(cfg))
+    job.loaded = load_model(kept_folder(cfg), weights='full' if cfg.merge else cfg.weights)
     job.loaded.model.to(choose_device(cfg.device))
     plot_losses(log).savefig(out/'loss.png', dpi=100)
     losses = {'loss_before': log.vals[0].loss, 'loss_after': _last_loss(log)}

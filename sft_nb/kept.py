@@ -19,6 +19,24 @@ from .adapters import load_adapter, save_adapter
 from .loading import Loaded, load_model
 from .saving import save_model
 from .telling import Stage
+from .machine import free_memory
+
+# %% ../nbs/06o_kept.ipynb #7040f380
+def _check_blocks(loaded, cfg, *, has):
+    "Raise `InputError` for what weights in blocks do not allow; `has`: an adapter is there"
+    what = '--weights blocks: '
+    if not (has or cfg.lora):
+        raise InputError(what + 'these weights are frozen, and there is no adapter to train; add --lora or '
+                         '--adapter, or leave it out')
+    others = {'--lora-4bit': cfg.lora_4bit, '--shard': cfg.train.shard, '--compile': cfg.train.compile}
+    for flag, value in others.items():
+        if value: raise InputError(f'{what}does not go with {flag}; leave one of them out')
+    whole = 4*sum(p.numel() for p in loaded.model.parameters())
+    free = free_memory()
+    if cfg.merge and whole>free:
+        sizes = f'{whole/2**30:.3g} GiB of {free/2**30:.3g}'
+        raise InputError(f'{what}to merge, all weights are unpacked at the end, which takes {sizes}; keep '
+                         'the adapter alone with --no-merge')
 
 # %% ../nbs/06o_kept.ipynb #22bb5e56
 def check_adapters(
@@ -28,6 +46,7 @@ def check_adapters(
 )->None:
     "Raise `InputError` for choices about adapters that contradict the model: `check_adapters(loaded, cfg)`"
     has = bool(adapted(loaded.model))
+    if cfg.weights=='blocks': _check_blocks(loaded, cfg, has=has)
     if has and cfg.lora:
         raise InputError(f'--lora: {loaded.source} is an adapter and brings its own rank, got --lora '
                          f'{cfg.lora.rank}; leave --lora out and go on with it, or merge it first')
@@ -96,11 +115,12 @@ def keep_model(
     "Write what training made under the run folder: `keep_model(loaded, template, cfg, {})`"
     model = loaded.model
     has = bool(adapted(model))
-    if has and (cfg.keep_adapter or cfg.lora_4bit or not cfg.merge):
+    packed = cfg.lora_4bit or cfg.weights=='blocks' # such weights take nothing in
+    if has and (cfg.keep_adapter or packed or not cfg.merge):
         folder = _keep_adapter(loaded, template, cfg, meta)
         meta = meta | {'adapter_sha256': file_sha256(folder/'adapter_model.safetensors')}
         say(Stage('adapter', f'{folder}: kept, for {loaded.base or loaded.source}', path=folder.as_posix()))
         if not cfg.merge: return folder
-        if cfg.lora_4bit: model = _whole_model(loaded, folder, cfg)
+        if packed: model = _whole_model(loaded, folder, cfg)
     if has: _merge(model, say)
     return save_model(kept_folder(cfg), model, loaded.tokenizer, template, meta)

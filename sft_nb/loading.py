@@ -12,12 +12,10 @@ import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-
 import tokenizers
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-
 from .basics import InputError, file_sha256, fingerprint, load_json, near_misses, shorten
 from .templates import Template
 from .shelf import get_template, load_template
@@ -29,14 +27,19 @@ from .gguf_file import read_gguf
 from .fetch import DEFAULT_MODEL, HUB_NAMES, fetch_default_model, fetch_from_hub
 from .lora import merge_lora
 from .adapters import adapter_base, is_adapter, load_adapter
+from .packed import PackedWeight, in_blocks
+from .families import hf_names
 
 # %% ../nbs/04j_loading.ipynb #02890263
-def _empty_decoder(cfg, dtype):
-    "A decoder on the CPU whose weights are whatever was in memory"
+def _empty_decoder(cfg, dtype, keep=None):
+    "A decoder on the CPU whose weights are whatever was in memory, but for those that `keep` has in blocks"
     with torch.device('meta'): model = Decoder(cfg)
-    for m in model.modules():
+    for module, m in model.named_modules():
         for name, p in m.named_parameters(recurse=False):
-            setattr(m, name, nn.Parameter(torch.empty(p.shape, dtype=dtype)))
+            packed = keep(f'{module}.{name}', p.shape) if keep and p.ndim==2 else None
+            if packed is None: new = nn.Parameter(torch.empty(p.shape, dtype=dtype))
+            else: new = nn.Parameter(packed, requires_grad=False)
+            setattr(m, name, new)
     return model
 
 # %% ../nbs/04j_loading.ipynb #b7ee0bc7
@@ -50,8 +53,12 @@ def _copy_weight(t, place):
 def _fill(model, fill, names):
     "Let `fill` write each tensor into its place; what is wrong with some, and the names that have no place"
     wrong = []
+    plain = []
     left = set(names)
     for name, p in model.named_parameters():
+        if isinstance(p, PackedWeight): left -= set(hf_names(model.cfg, name)[0])
+        else: plain.append((name, p))
+    for name, p in plain:
         for n, place in file_parts(model.cfg, name, p.data):
             fault = fill(n, place) if n in left else 'is missing'
             left.discard(n)
@@ -68,9 +75,10 @@ def _filled_model(
     dtype, # Precision of the weights in memory
     where, # File or folder that errors name
     *, fill=None, # Function that writes a named tensor into its place; None: what `read` gives is copied
+    keep=None, # Function that gives one of our matrices in blocks, or None; None: all are filled
 ):
     "A decoder with a file's weights, raising `InputError` with a list of those that do not fit"
-    model = _empty_decoder(cfg, dtype)
+    model = _empty_decoder(cfg, dtype, keep)
     def copy(name, place): return _copy_weight(read(name), place)
     wrong, left = _fill(model, fill or copy, names)
     if cfg.tied and 'lm_head.weight' in left:
@@ -236,12 +244,32 @@ def _load_folder(folder, dtype):
     digits = fingerprint(repr(sorted(hashes.items())))
     return Loaded(model, _load_tokenizer(folder, cfg), _load_own_template(folder), str(folder), digits)
 
+# %% ../nbs/04j_loading.ipynb #a3fdae91
+def _blocks_of(held, dtype):
+    "A function from one of our matrices, by name and shape, to its `PackedWeight`, or None where it has none"
+    def keep(name, shape):
+        names, transposed = hf_names(held.cfg, name)
+        if not set(names)<=set(held.names): return None # the file is at fault, which is told elsewhere
+        parts = [held.keep(n) for n in names]
+        if all(part is None for part in parts): return None
+        for i, n in enumerate(names):
+            if parts[i] is None: parts[i] = held.read(n).T if transposed else held.read(n)
+        columns = {part.shape[1] for part in parts}
+        fits = columns=={shape[1]} and sum(part.shape[0] for part in parts)==shape[0]
+        return PackedWeight(parts, dtype) if fits else None
+    return keep
+
 # %% ../nbs/04j_loading.ipynb #91a56224
-def _load_gguf(path, dtype):
-    "A GGUF file: configuration, unpacked weights, tokenizer and template"
+def _load_gguf(path, dtype, *, blocks=False):
+    "A GGUF file: configuration, weights unpacked or in blocks and frozen, tokenizer and template"
     held = read_gguf(path)
     dtype = dtype or torch.float32
-    model = _filled_model(held.cfg, held.read, held.names, dtype, str(path), fill=held.fill)
+    keep = _blocks_of(held, dtype) if blocks else None
+    model = _filled_model(held.cfg, held.read, held.names, dtype, str(path), fill=held.fill, keep=keep)
+    if blocks: model.requires_grad_(False)
+    if blocks and not in_blocks(model):
+        raise InputError(f'{path}: no weight of it is packed, so none can stay in blocks; load it with full '
+                         'weights')
     return Loaded(model, held.tokenizer, held.template, str(path), file_sha256(path)[:16])
 
 # %% ../nbs/04j_loading.ipynb #ce600930
@@ -282,10 +310,13 @@ def _find_model(name, cache_dir):
     raise InputError(f'model: unknown name {str(name)!r}; {near_misses(str(name), known)}')
 
 # %% ../nbs/04j_loading.ipynb #9d21b1bf
-def _load_place(place, source, dtype):
+def _load_place(place, source, dtype, *, blocks=False):
     "A model folder or a GGUF file"
     is_gguf = place.suffix=='.gguf' and not place.is_dir()
-    got = _load_gguf(place, dtype) if is_gguf else _load_folder(place, dtype)
+    if blocks and not is_gguf:
+        raise InputError(f'--weights blocks: {source} is no GGUF file, and only those have blocks; leave it '
+                         'out, or export the model as q8_0 first')
+    got = _load_gguf(place, dtype, blocks=blocks) if is_gguf else _load_folder(place, dtype)
     if source==DEFAULT_MODEL: got.template = get_template('smollm2')
     return replace(got, source=source)
 
@@ -330,7 +361,7 @@ def _put_adapter(folder, source, under, merge):
     digits = _check_once(folder, under)
     load_adapter(folder, under.model)
     tokenizer = _load_tokenizer(folder, under.cfg) or under.tokenizer
-    if merge:
+    if merge and not in_blocks(under.model): # blocks take nothing in
         merge_lora(under.model)
         under.model.requires_grad_(True)
     template = _load_own_template(folder) or under.template
@@ -355,18 +386,19 @@ def load_model(
     *,
     adapter:str|Path|None=None, # What `save_adapter` or `peft` wrote; alone, it names its model itself
     merge:bool=True, # Add an adapter to the weights; False: it stays beside them and can go on learning
+    weights:str='full', # 'blocks': those of a GGUF file stay packed and frozen, and adapters beside them
 )->Loaded: # Model, tokenizer, template and where they come from
     "Load a model, raising `InputError` or `FileNotFoundError` in one line: `load_model('out/model').model`"
     if adapter is None:
         place, source = _find_model(name, cache_dir)
-        if not is_adapter(place): return _load_place(place, source, dtype)
+        if not is_adapter(place): return _load_place(place, source, dtype, blocks=weights=='blocks')
         folder = _only_adapter(place)
         name = None
     else:
         folder = _adapter_folder(adapter, cache_dir)
         source = str(adapter)
 
-    def load(base): return load_model(base, dtype, cache_dir)
+    def load(base): return load_model(base, dtype, cache_dir, weights=weights)
 
     under = _load_base(folder, load) if name is None else load(name)
     return _put_adapter(folder, source, under, merge=merge)

@@ -20,6 +20,7 @@ from .kernels import ByHand, product
 from .decoder import Decoder
 from .families import hf_names, part_sizes
 from .choices import LoraConfig
+from .packed import PackedWeight
 
 # %% ../nbs/04ia_lora.ipynb #7d211527
 def _lay_out(
@@ -194,6 +195,9 @@ def _known_ids(model, ids):
     "The ids in order, raising `InputError` for those the model has not"
     ids = sorted({int(i) for i in ids})
     n_rows = model.cfg.vocab_size
+    if ids and isinstance(model.head_weight, PackedWeight):
+        raise InputError(f'LoRA: {len(ids)} rows of a table shall be trained, and it stays in blocks; load '
+                         'the model with full weights')
     if ids and (ids[0]<0 or ids[-1]>=n_rows):
         raise InputError(f'LoRA: tokens are not all ids below {n_rows}, got {ids[0]} to {ids[-1]}; '
                          'resize_vocab first')
@@ -238,7 +242,7 @@ def _freeze(model, dtype):
     model.requires_grad_(False)
     if dtype is None: return
     for p in model.parameters():
-        if type(p.data) is Tensor: p.data = p.data.to(dtype) # 4-bit weights stay
+        if type(p.data) in (Tensor, PackedWeight): p.data = p.data.to(dtype) # 4-bit weights stay
 
 # %% ../nbs/04ia_lora.ipynb #12fd3d33
 def add_lora(
@@ -316,6 +320,9 @@ def merge_lora(
 )->float: # Largest difference of a logit, before and after
     "Merge the adapters into the weights, raising `InputError` if the weights are 4-bit: `merge_lora(model)`"
     maps = adapted(model)
+    if any(isinstance(m.weight, PackedWeight) for m in maps):
+        raise InputError('LoRA: weights in blocks cannot take an adapter in; load both with full weights and '
+                         'merge those')
     if any(type(m.weight.data) is not Tensor for m in maps):
         raise InputError('LoRA: 4-bit weights cannot take an adapter in; load both in bfloat16 and merge '
                          'those')

@@ -53,7 +53,7 @@ def fit_vocabulary(
 
 # %% ../nbs/06n_opening.ipynb #8426d0a9
 def open_model(
-    cfg:JobConfig, # `model`, `adapter`, `template`, `force_template`, `thinking` and `device` count
+    cfg:JobConfig, # `model`, `adapter`, `template`, `force_template`, `thinking`, `device`, `weights` count
     say:Callable = print, # Where progress goes
     records:Sequence = (), # `Record`s that will be written in the template
     *,
@@ -61,7 +61,8 @@ def open_model(
 )->tuple[Loaded, Any, tuple]: # The model, the template, and the ids that were added for it
     "Load the model, and settle which template it is asked in"
     device = choose_device(cfg.device)
-    loaded = load_model(cfg.model, adapter=cfg.adapter, merge=merge)
+    name = cfg.model
+    loaded = load_model(name, adapter=cfg.adapter, merge=merge, weights=cfg.weights)
     template = _choose_template(loaded, cfg.template, insist=cfg.force_template)
     own = loaded.source if loaded.template else None
     if cfg.template is None: template = richer_template(template, records, own, say)

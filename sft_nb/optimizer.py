@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from .basics import InputError
 from .lora import trained_rows
+from .packed import PackedWeight
 
 # %% ../nbs/05a_optimizer.ipynb #a6322bce
 def _cast_frozen(
@@ -23,7 +24,7 @@ def _cast_frozen(
     "Let frozen weights take on the precision of the run"
     frozen = {}
     for p in model.parameters():
-        if p.requires_grad or type(p.data) is not Tensor: continue
+        if p.requires_grad or type(p.data) not in (Tensor, PackedWeight): continue
         widened = torch.promote_types(p.dtype, dtype)==dtype
         frozen[p] = p.dtype, None if widened else p.data
         p.data = p.data.to(dtype)

@@ -17,7 +17,7 @@ from sft_nb.settings import load_log
 
 CLASSES = TrainConfig, LoraConfig, Sampling, Stops, JudgePlace, Judging, Patience, JobConfig
 PARTS = 'train', 'lora', 'how', 'until', 'judge', 'judging'
-OTHER = {'export': 'q8_0',  # values that differ from the default, by option
+OTHER = {'export': 'q8_0', 'weights': 'blocks',  # values that differ from the default, by option
     'schedule': 'wsd', 'dtype': 'float32', 'attention': 'products', 'loss_on': 'all', 'over_long': 'drop', 'device': 'cpu', 'betas': (.8, .9),
     'judge_protocol': 'book', 'judge_way': 'json', 'judge_api': 'ollama', 'judge_url': 'http://127.0.0.1:9/v1', 'template': 'chatml', 'no_target': 'drop',
     'lora_targets': ('q_proj', 'v_proj'), 'lora_tokens': (5, 7), 'stop_ids': (3, 5), 'stop': ('#', 'a, b'), 'logger': 'tensorboard',
