@@ -5,6 +5,7 @@ import sys
 import pytest
 from mutants import BUGS, ROOT, Stale, check_entry, read_table
 
+
 def test_every_entry_still_applies():
     "Text only: each stands once in its module and once in its page, and changes something; a few may wait for their new text"
     stale = []
@@ -13,6 +14,7 @@ def test_every_entry_still_applies():
         except Stale as e: stale.append(str(e))
     assert len(stale) <= len(BUGS)//20, stale + ['give the entries in tests/planted.py the new text, or take them out']
 
+
 def test_there_are_enough_and_no_two_have_one_name():
     names = [bug.name for bug in BUGS]
     assert len(set(names)) == len(names) >= 120
@@ -20,10 +22,12 @@ def test_there_are_enough_and_no_two_have_one_name():
     without = modules - {bug.module for bug in BUGS}
     assert len(without) <= len(modules)//10, f'pages without a bug in the list: {sorted(without)}'
 
+
 def test_the_table_is_of_this_list():
     lines = read_table()
     assert list(lines) == [bug.name for bug in BUGS], 'python tests/mutants.py --only NAME'
     assert [name for name, line in lines.items() if '**nobody**' in line] == []
+
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == 'win32', reason='processes are forked')
