@@ -13,10 +13,10 @@ from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 from .basics import InputError, shorten
 from .data import Message, Record
-from .marks import cut_turns, is_rich, turn_of, with_thoughts_apart
+from .marks import before_thought, cut_turns, is_rich, turn_of, with_thoughts_apart
 from .thoughts import (
-    before_thought, empty_thought, end_of_thought, hush_empty_thoughts, thinking_of, thinking_switches,
-    thinking_words, thought_of, without_thoughts)
+    empty_thought, end_of_thought, hush_empty_thoughts, thinking_of, thinking_switches, thinking_words,
+    thought_of, without_thoughts)
 from .templates import Segment, Template, tidy_segments
 from .sandbox import compile_jinja, render_jinja
 
@@ -95,8 +95,12 @@ def _unused_text(texts):
 def _find_stop(template):
     "The text that `template` ends an answer with, or None"
     sentinel = _unused_text([template.jinja])
-    try: text = template.render((Message('user', 'Hi'), Message('assistant', sentinel)), 'probe')
-    except InputError: return None
+    turns = Message('user', 'Hi'), Message('assistant', sentinel)
+    text = None
+    for tools in None, []: # some go through the tools without asking whether there are any
+        try: text = text or template.render(turns, 'probe', tools=tools)
+        except InputError: continue
+    if text is None: return None
     after = text.split(sentinel)[-1].lstrip()
     eos = dict(template.special).get('eos_token')
     if eos and after.startswith(eos): return eos
@@ -312,20 +316,28 @@ def _cut_any(template, messages, record, asked):
     printed = _print(template, messages, record.where, ask=asked is None)
     return tidy_segments(_fill(printed, asked) or _cut_words(printed, record, asked))
 
+# %% ../nbs/01a_chat.ipynb #6a18e17a
+def _holds(text, thought):
+    "Does `text` hold `thought`, white space aside?"
+    return ''.join(thought.split()) in ''.join(text.split())
+
 # %% ../nbs/01a_chat.ipynb #3bb40fef
 def _after_thought(template, messages, record, asked):
     "Segments of an answer whose question ends with a thought that the template does not print, else None"
     base = before_thought(asked)
     if base is None: return None
-    text = template.render(messages, record.where, tools=record.tools)
-    if text.startswith(asked) or not text.startswith(base): return None
     *before, last = messages
     thought = thought_of(last)
     if thought and not end_of_thought(asked): return None # it was asked not to think
     if not (thought or template.thinking): return None
+    text = template.render(messages, record.where, tools=record.tools)
+    if text.startswith(asked):
+        if _holds(text[len(asked):], thought): return None # it is printed
+        base = asked
+    if not text.startswith(base): return None
     apart = (*before, *with_thoughts_apart([last]))
     text = template.render(apart, record.where, tools=record.tools)
-    if text.startswith(asked):
+    if text.startswith(asked) and _holds(text[len(asked):], thought):
         record = replace(record, messages=apart)
         return _cut_any(template, apart, record, asked)
     plain = (*before, *without_thoughts([last]))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Loaded', 'load_model']
 
-# %% ../nbs/04j_loading.ipynb #4f58db36
+# %% ../nbs/04j_loading.ipynb #0305e935
 import json
 import re
 import sys
@@ -17,10 +17,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from .basics import InputError, file_sha256, fingerprint, load_json, near_misses, shorten
+from .machine import free_memory
 from .templates import Template
 from .shelf import get_template, load_template
 from .tokenizer import JsonTokenizer, Tokenizer, tokenizer_from_file
-from .model import ModelConfig
+from .model import ModelConfig, count_parameters
 from .decoder import Decoder
 from .families import FAMILIES, config_from_hf, file_parts, with_generation
 from .gguf_file import read_gguf
@@ -259,11 +260,22 @@ def _blocks_of(held, dtype):
         return PackedWeight(parts, dtype) if fits else None
     return keep
 
+# %% ../nbs/04j_loading.ipynb #5f553261
+def _check_room(cfg, dtype, where):
+    "Raise `InputError` if the numbers of a packed model do not fit into memory"
+    need = count_parameters(cfg)['total']*dtype.itemsize
+    free = free_memory()
+    if need<=free: return
+    sizes = f'{need/2**30:.3g} GiB, {free/2**30:.3g} available'
+    raise InputError(f'{where}: its weights take {sizes}; keep them in the blocks of the file with --weights '
+                     'blocks, or take a smaller model')
+
 # %% ../nbs/04j_loading.ipynb #91a56224
 def _load_gguf(path, dtype, *, blocks=False):
     "A GGUF file: configuration, weights unpacked or in blocks and frozen, tokenizer and template"
     held = read_gguf(path)
     dtype = dtype or torch.float32
+    if not blocks: _check_room(held.cfg, dtype, path)
     keep = _blocks_of(held, dtype) if blocks else None
     model = _filled_model(held.cfg, held.read, held.names, dtype, str(path), fill=held.fill, keep=keep)
     if blocks: model.requires_grad_(False)

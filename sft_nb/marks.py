@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['turn_of', 'Leaf', 'mark_leaves', 'find_leaves', 'missing_calls', 'check_printed', 'check_leaves',
-           'with_thoughts_apart', 'is_rich', 'read_places', 'Bounds', 'answer_bounds', 'Piece', 'cut_turns']
+           'with_thoughts_apart', 'is_rich', 'read_places', 'Bounds', 'before_thought', 'answer_bounds', 'Piece',
+           'cut_turns']
 
 # %% ../nbs/00g_marks.ipynb #a7cde6de
 import json, re
@@ -59,6 +60,25 @@ def _swap(value, swap):
     if isinstance(value, dict): return {_swap(k, swap): _swap(v, swap) for k, v in value.items()}
     return value
 
+# %% ../nbs/00g_marks.ipynb #98e97264
+def _first_alike(leaves):
+    "The index of the first of `leaves` that is the last one's text, in an equal turn of the user"
+    last = leaves[-1]
+    if (last.role, last.what)!=('user', 'content'): return len(leaves)-1
+    return next(n for n, leaf in enumerate(leaves) if leaf._replace(turn=last.turn)==last)
+
+# %% ../nbs/00g_marks.ipynb #90e77fc1
+def _tell_apart(marked, leaves):
+    "The text with marks that are alike numbered in their order"
+    waiting:dict = {}
+    for n in range(len(leaves)): waiting.setdefault(_first_alike(leaves[:n+1]), []).append(n)
+
+    def renumbered(match):
+        numbers = waiting[int(match[1])]
+        number = numbers.pop(0) if len(numbers)>1 else numbers[0] # one too many stays one too many
+        return f'\ue002{number}\ue002'
+    return re.sub('\ue002(\\d+)\ue002', renumbered, marked)
+
 # %% ../nbs/00g_marks.ipynb #a0075377
 _INSIDE = re.compile(r'(\s*<think>\s*)(.*?\S)(\s*</think>\s*)(\S.*)', re.S)
 
@@ -66,14 +86,17 @@ _INSIDE = re.compile(r'(\s*<think>\s*)(.*?\S)(\s*</think>\s*)(\S.*)', re.S)
 def mark_leaves(
     messages:Sequence[Message], # The turns
     tools:list|None=None, # What the assistant may call
-    *, inside:bool=False, # Mark a thought within the words of an answer by itself?
+    *,
+    inside:bool=False, # Mark a thought within the words of an answer by itself?
+    alike:bool=False, # The same mark for turns of the user that say the same?
 )->tuple: # Messages and tools with marks for texts, and the `Leaf` of each mark in their order
     "Put a numbered mark in the place of each text of the data"
     leaves:list[Leaf] = []
 
     def mark(text, role, turn, what):
         leaves.append(Leaf(text, role, turn, what))
-        return f'\ue002{len(leaves)-1}\ue002'
+        number = _first_alike(leaves) if alike else len(leaves)-1
+        return f'\ue002{number}\ue002'
 
     def marked_more(key, value, m, i):
         if key in THOUGHT_KEYS: return mark(value, m.role, i, key)
@@ -158,8 +181,18 @@ def _none_printed(messages, i, show):
     more = messages[i].more or {}
     if 'content' not in more: return False
     without = {k: v for k, v in more.items() if k!='content'} | {'no_content': True}
-    bare = show([replace(m, more=without) if i==j else m for j, m in enumerate(messages)])
+
+    def as_turn(more): return [replace(m, more=more) if i==j else m for j, m in enumerate(messages)]
+    try: bare = show(as_turn(without))
+    except InputError: # it needs a text, perhaps an empty one
+        bare = show(as_turn(without | {'no_content': False}))
     return show(messages).count('None')>bare.count('None')
+
+# %% ../nbs/00g_marks.ipynb #ea8eb319
+def _leaves_out_tools(messages, tools, show):
+    "Is what the template prints the same without `tools`?"
+    try: return show(messages, tools)==show(messages, None)
+    except InputError: return False # it cannot do without them
 
 # %% ../nbs/00g_marks.ipynb #b3db777a
 def check_printed(
@@ -174,7 +207,7 @@ def check_printed(
         raise InputError(f'{where}{place}: template {name!r} does not print {what}; use a template '
                          "that was made for it, such as 'hermes', or take it out")
 
-    if tools and show(messages, tools)==show(messages, None): lacks("the record's 'tools'")
+    if tools and _leaves_out_tools(messages, tools, show): lacks("the record's 'tools'")
     for i in range(len(messages)):
         if missing_calls(messages, i, lambda turns: show(turns, tools)): lacks("'tool_calls'", f' turn {i}')
         if _none_printed(messages, i, lambda turns: show(turns, tools)):
@@ -237,12 +270,13 @@ def read_places(
     text = show(messages, record.tools)
     check_printed(messages, record.tools, show, record.where, template.name)
     apart = with_thoughts_apart(messages)
-    for turns, inside in (messages, False), (apart, False), (messages, True):
-        marked, tools, leaves = mark_leaves(turns, record.tools, inside=inside)
+    for turns, how in (messages, {}), (apart, {}), (messages, {'inside': True}), (messages, {'alike': True}):
+        marked, tools, leaves = mark_leaves(turns, record.tools, **how)
         try:
             if show(turns, record.tools)!=text: continue
             printed = show(marked, tools)
         except InputError: continue # such a template does not take the data this way
+        if 'alike' in how: printed = _tell_apart(printed, leaves)
         check_leaves(leaves, printed, -1 if ask else len(messages)-1, record.where, template.name)
         places = find_leaves(text, printed, leaves)
         if places is not None: return text, places
@@ -256,6 +290,22 @@ class Bounds(NamedTuple):
     stop:int # The first character of its stop; `end` if it has none
     end:int # Behind its stop
 
+# %% ../nbs/00g_marks.ipynb #0bf74598
+_OPEN_OR_EMPTY = [
+    r'<think>\s*(?:</think>\s*)?',
+    r'\[THINK\]\s*(?:\[/THINK\]\s*)?',
+    r'<\|START_THINKING\|>\s*',
+    r'<\|channel>thought\s*<channel\|>\s*']
+_AT_END = re.compile(f'(?:{"|".join(_OPEN_OR_EMPTY)})$')
+
+
+def before_thought(
+    asked:str, # A question
+)->str|None: # The question without the thought; None if there is none at its end
+    "A question without the thought that it opens, or has empty: `before_thought('assistant<think>\\n')`"
+    found = _AT_END.search(asked)
+    return asked[:found.start()] if found else None
+
 # %% ../nbs/00g_marks.ipynb #b13770d9
 def _start_of_answer(template, record, i, text, first):
     "Index of the first character of answer `i`, whose data begin at `first` (None without any)"
@@ -263,11 +313,13 @@ def _start_of_answer(template, record, i, text, first):
     except InputError: asked = ''
     if asked and text.startswith(asked) and (first is None or len(asked)<=first): return len(asked)
     if first is not None: return first
+    base = before_thought(asked)
+    if base and text.startswith(base): return len(base)
     raise InputError(f'{record.where} turn {i}: template {template.name!r} asks in another way than it '
                      'answers, so the model would learn what it is never asked; use another template')
 
 # %% ../nbs/00g_marks.ipynb #0d99a70b
-_LAST_MARK = re.compile(r'<[|｜][^<>|｜\s]+[|｜]>\Z')
+_LAST_MARK = re.compile(r'<(?:[|｜][^<>|｜\s]+[|｜]?|[^<>|｜\s]+[|｜])>\Z')
 
 
 def _end_of_call(template, record, i, text, end):

@@ -56,6 +56,19 @@ def _steps(chain):
     step = json.loads(chain.__getstate__())
     return step.get('pretokenizers') or step.get('normalizers') or [step]
 
+# %% ../nbs/01bb_stretches.ipynb #0d899957
+_EVERY = [*range(0x800), 0x800, *range(0x1000, 0x10000, 0x1000), 0x10000, *range(0x40000, 0x110000, 0x40000)]
+
+
+def _lost_bytes(tok):
+    "The bytes of texts that a byte-level vocabulary has no token for"
+    text = ''.join(map(chr, _EVERY)) # every byte that a text can have is in it
+    writer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    (written, _), = writer.pre_tokenize_str(text)
+    names = dict(zip(text.encode(), written))
+    return bytes(byte for byte, name in names.items() if tok.token_to_id(name) is None)
+
+
 # %% ../nbs/01bb_stretches.ipynb #4bf7063a
 _FORMS = {'NFC', 'NFD', 'NFKC', 'NFKD'}
 _CUTTERS = {'ByteLevel', 'Split', 'Digits', 'Punctuation'}
@@ -67,13 +80,21 @@ def _is_free(tok):
     kinds = {s['type'] for s in cutters}
     forms = {s['type'] for s in _steps(tok.normalizer)}
     if type(tok.model).__name__!='BPE' or 'ByteLevel' not in kinds: return False
-    if any(tok.token_to_id(c) is None for c in tokenizers.pre_tokenizers.ByteLevel.alphabet()): return False
+    if _lost_bytes(tok) and forms: return False # a form may write other bytes
     if not kinds<=_CUTTERS or not forms<=_FORMS: return False
     if any(s.get('add_prefix_space') for s in cutters): return False
     for a in tok.get_added_tokens_decoder().values():
         if a.lstrip or a.rstrip or a.single_word: return False
         if a.normalized and forms: return False
     return True
+
+# %% ../nbs/01bb_stretches.ipynb #a4e4267e
+def _has_byte(text, wanted):
+    "Has the text one of the `wanted` bytes?"
+    if not wanted: return False
+    written = whole_text(text).encode()
+    return len(written)>len(written.translate(None, wanted))
+
 
 # %% ../nbs/01bb_stretches.ipynb #e4f53332
 FIRM = re.compile(r'(?<=[A-Za-z])(?=[\t\n -&(-/:-@[-^`{-~])|(?<=[!-~])(?= [A-Za-z])')
@@ -180,6 +201,7 @@ class FreeEncoder(StretchEncoder):
         super().__init__(tokenizer)
         self.sizes = _byte_sizes(tokenizer)
         self.is_firm = _cuts_firmly(tokenizer)
+        self.lost = _lost_bytes(tokenizer.tok) if isinstance(tokenizer, JsonTokenizer) else b''
         self.rewrites = isinstance(tokenizer, JsonTokenizer) and tokenizer.tok.normalizer is not None
 
     def tail(self, text:str)->str: # The end of it
@@ -189,19 +211,21 @@ class FreeEncoder(StretchEncoder):
         return end[places[-1]:] if places else text
 
     def read(self, texts:list, around:list)->tuple: # The ids of each; places do not matter
-        "All `texts` in one batch"
-        return self.tokenizer.encode_batch(texts), [None]*len(texts)
+        "All `texts` in one batch; None for those that have a byte without a token"
+        found:list = self.tokenizer.encode_batch(texts)
+        if _has_byte(' '.join(texts), self.lost):
+            found = [None if _has_byte(text, self.lost) else ids for text, ids in zip(texts, found)]
+        return found, [None]*len(texts)
 
     def share(self, stretch:Stretch, ids:list|None, places:Any=None)->list: # The ids of each share
         "Count the tokens of the short parts off from both ends"
-        if ids is None: return super().share(stretch, ids)
         parts, owners, *_ = stretch
         lengths = [len(part) for part in parts]
         longest = lengths.index(max(lengths))
         before = parts[:longest]
         behind = parts[:longest:-1]
         is_plain = not self.rewrites or ''.join(before + behind).isascii()
-        if not is_plain: return _placed(self.tokenizer).encode([stretch])[0]
+        if ids is None or not is_plain: return _placed(self.tokenizer).encode([stretch])[0]
         front = _counted_off(ids, self.sizes, before, [not right for right in owners[:longest]])
         n_front = front[-1] if front else 0
         rest = ids[n_front:][::-1]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['THINKING', 'thought_of', 'without_thoughts', 'thinking_switches', 'thinking_words', 'thinking_of', 'empty_thought',
-           'hush_empty_thoughts', 'before_thought', 'end_of_thought', 'lost_thoughts', 'split_spans']
+           'hush_empty_thoughts', 'end_of_thought', 'lost_thoughts', 'split_spans']
 
 # %% ../nbs/00k_thoughts.ipynb #28d63b64
 import re
@@ -74,7 +74,9 @@ def thinking_of(
     return 'on' if thought_of(last) else 'off'
 
 # %% ../nbs/00k_thoughts.ipynb #51a0f7a1
-_EMPTY = re.compile(r'\s*(?:<think>|\[THINK\])?\s*(?:</think>|\[/THINK\])\s*')
+_EMPTY = re.compile(
+    r'\s*(?:(?:<think>|\[THINK\])?\s*(?:</think>|\[/THINK\])'
+    r'|<\|channel>thought\s*<channel\|>)\s*')
 
 
 def empty_thought(
@@ -99,21 +101,6 @@ def hush_empty_thoughts(
         rest = replace(s, text=s.text[n:])
         if rest.text or rest.stop: hushed.append(rest)
     return hushed
-
-# %% ../nbs/00k_thoughts.ipynb #029a558c
-_OPEN_OR_EMPTY = [
-    r'<think>\s*(?:</think>\s*)?',
-    r'\[THINK\]\s*(?:\[/THINK\]\s*)?',
-    r'<\|START_THINKING\|>\s*']
-_AT_END = re.compile(f'(?:{"|".join(_OPEN_OR_EMPTY)})$')
-
-
-def before_thought(
-    asked:str, # A question
-)->str|None: # The question without the thought; None if there is none at its end
-    "A question without the thought that it opens, or has empty: `before_thought('assistant<think>\\n')`"
-    found = _AT_END.search(asked)
-    return asked[:found.start()] if found else None
 
 # %% ../nbs/00k_thoughts.ipynb #147b52d0
 _ENDS = {'[THINK]': '[/THINK]', '<|START_THINKING|>': '<|END_THINKING|>'}

@@ -2,7 +2,9 @@
 import copy
 import itertools
 import json
+import os
 from datetime import datetime
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +12,7 @@ from sft_nb.basics import InputError
 from sft_nb.chat import ChatTemplate
 from sft_nb.data import read_record
 from sft_nb.encoding import EncodePlan, load_or_encode
+from sft_nb.marks import before_thought
 from sft_nb.shelf import get_template
 from sft_nb.rows import encode_prompt, encode_rows
 from sft_nb.templates import render_prompt, render_record
@@ -49,11 +52,27 @@ SINGLE = "{{ bos_token }}" + _SHOW_TOOLS + """{% for m in messages %}{% if m.too
 {{- '<|header|>' ~ ('ipython' if m.role == 'tool' else m.role) ~ '<|/header|>\\n\\n' }}
 {%- if m.tool_calls %}{{ '{"name": "' ~ m.tool_calls[0].function.name ~ '", "parameters": ' ~ m.tool_calls[0].function.arguments|tojson ~ '}<|eot|>' }}
 {%- else %}{{ m.content|trim ~ '<|eot|>' }}{% endif %}{% endfor %}{{ '<|header|>assistant<|/header|>\\n\\n' if add_generation_prompt }}"""
-SHAPES = {'channel': CHANNEL, 'endless': ENDLESS, 'opened': OPENED, 'only reasoning': ONLY_REASONING, 'single': SINGLE}
-LEAST = {'channel': 58, 'endless': 58, 'opened': 30, 'only reasoning': 58, 'single': 34}
+# tools are needed; they are printed in front of the last question, which is found by what it says
+LAST_ASKED = """{% set asked = messages|selectattr('role', 'equalto', 'user')|list %}{% set shown %}{% for tool in tools %}{{ tool|tojson }}{% endfor %}{% endset %}
+{%- for m in messages %}{% if m.role == 'user' %}{% if m == asked[-1] %}{{ '<|system|>' ~ shown ~ '<|end|>' }}{% endif %}{{ '<|user|>' ~ m.content ~ '<|end|>' }}
+{%- elif m.role == 'assistant' %}{{ '<|assistant|>' ~ (m.content or '') }}{% for c in m.tool_calls or [] %}{{ '<tool_call>' ~ c.function|tojson ~ '</tool_call>' }}{% endfor %}{{ '<|end|>' }}
+{%- else %}{{ '<|observation|>' ~ m.content ~ '<|end|>' }}{% endif %}{% endfor %}{{ '<|assistant|>' if add_generation_prompt }}"""
+# a call ends where its result begins; a question that is not to be thought about holds an empty thought, which is printed nowhere else
+REPLY = _SHOW_TOOLS + """{% set before = namespace(role='') %}{% for m in messages %}{% if m.role == 'tool' %}{{ m.content ~ '<reply|>' }}
+{%- else %}{% if before.role != 'tool' %}{{ '<|turn>' ~ m.role ~ '\\n' }}{% endif %}
+{%- if m.reasoning_content %}{{ '<|channel>thought\\n' ~ m.reasoning_content ~ '\\n<channel|>' }}{% endif %}{{ m.content or '' }}
+{%- for c in m.tool_calls or [] %}{{ '<|call>' ~ c.function|tojson ~ '<call|>' }}{% endfor %}{{ '<|reply>' if m.tool_calls else '<turn|>\\n' }}{% endif %}
+{%- set before.role = m.role %}{% endfor %}
+{%- if add_generation_prompt and before.role != 'tool' %}{{ '<|turn>assistant\\n' ~ ('' if enable_thinking else '<|channel>thought\\n<channel|>') }}{% endif %}"""
+# the question opens a thought, answers begin with its mark, and no thought is ever printed
+SWALLOWS = """{% for m in messages %}{{ '<|' ~ m.role ~ '|>\\n' }}{% if m.role == 'assistant' %}{{ '<think>\\n' if loop.last }}{{ (m.content or '').split('</think>')[-1].strip() }}
+{%- for c in m.tool_calls or [] %}{{ '<tool_call>' ~ c.function|tojson ~ '</tool_call>' }}{% endfor %}{{ '\\n<|end|>\\n' }}
+{%- else %}{{ m.content ~ '\\n' }}{% endif %}{% endfor %}{{ '<|assistant|>\\n<think>\\n' if add_generation_prompt }}"""
+SHAPES = {'channel': CHANNEL, 'endless': ENDLESS, 'opened': OPENED, 'only reasoning': ONLY_REASONING, 'single': SINGLE, 'last asked': LAST_ASKED}
+LEAST = {'channel': 58, 'endless': 58, 'opened': 30, 'only reasoning': 58, 'single': 34, 'last asked': 23}
 SPECIAL = ('bos_token', '<s>'), ('eos_token', '</s>')
 CONTROL = ['<s>', '</s>', '<|return|>', '<|call|>', '<|calls|>', '<|end|>', '<|start|>', '<|message|>', '<|channel|>', '<|im_start|>', '<|im_end|>', '<|eot|>',
-           '<|header|>', '<|/header|>', '<|user|>', '<|assistant|>', '<|system|>', '<|observation|>', '<|begin|>', '<|content|>', '<|think|>', '<|tool_calls|>']
+           '<|turn>', '<turn|>', '<|reply>', '<reply|>', '<|call>', '<call|>', '<|header|>', '<|/header|>', '<|user|>', '<|assistant|>', '<|system|>', '<|observation|>', '<|begin|>', '<|content|>', '<|think|>', '<|tool_calls|>']
 TOKENIZER = gpt2_as_json(CONTROL)
 
 
@@ -141,6 +160,73 @@ def test_every_shape_prints_every_record_as_transformers_or_refuses_it(shape, th
         if not is_cut_before: assert encode_prompt(record, template, TOKENIZER) == TOKENIZER.encode_control(asked), name
         if not row.across: assert ids == TOKENIZER.encode_control(whole) + ends, name
     assert n_equal >= LEAST[shape], n_equal
+
+
+def test_an_empty_thought_in_the_question_alone_and_calls_that_end_in_a_reply(theirs):
+    template, n_equal = ChatTemplate('reply', REPLY, SPECIAL, thinking='record'), 0
+    for name, messages, tools in conversations():
+        record = read_record({'messages': messages} | ({'tools': tools} if tools else {}))
+        switches = thinking_switches(REPLY, thinking_of(record))
+        whole, asked = theirs(REPLY, messages, tools, False, switches), theirs(REPLY, messages[:-1], tools, True, switches)
+        rendered, prompt = render_record(record, template), render_prompt(record, template)
+        assert prompt.text == asked, name
+        if whole.startswith(asked): assert rendered.text == whole, name
+        elif 'thought-in-words' not in name: # only the empty thought of the question is new
+            assert rendered.text == asked + whole.removeprefix(asked.removesuffix('<|channel>thought\n<channel|>')), name
+        stop = '<|reply>' if messages[-1].get('tool_calls') else '<turn|>'
+        assert [s.text for s in rendered.segments if s.stop and s.learn][-1:] == [stop], name
+        n_equal += whole.startswith(asked)
+    assert n_equal >= 20, n_equal
+
+
+@pytest.mark.parametrize('thinking', [None, 'record', 'on'])
+def test_a_thought_that_the_template_never_prints_stands_in_what_the_question_opens(thinking, theirs):
+    template = ChatTemplate('swallows', SWALLOWS, SPECIAL, thinking=thinking)
+    user, end = {'role': 'user', 'content': 'Weather?'}, {'role': 'assistant', 'content': 'Sunny.'}
+    calls = {'role': 'assistant', 'content': '', 'tool_calls': [call({'town': 'Ulm'})]}
+    for last, words in (end, 'Sunny.'), (calls, theirs(SWALLOWS, [calls], None, False, {}).split('<think>\n')[1].removesuffix('\n<|end|>\n')):
+        asked = theirs(SWALLOWS, [user], None, True, {})
+        record = read_record({'messages': [user, last | {'reasoning_content': 'Dry.'}]})
+        rendered = render_record(record, template)
+        assert rendered.text == f'{asked}Dry.\n</think>\n\n{words}\n<|end|>\n'
+        assert ''.join(s.text for s in rendered.segments if s.learn) == f'Dry.\n</think>\n\n{words}\n<|end|>'
+        assert render_prompt(record, template).text == asked
+
+
+def is_told_apart(messages, asked):
+    "May the whole text differ from transformers'? Only where a thought is concerned, which is printed as it would be answered"
+    last = messages[-1]
+    has_thought = any('</think>' in (m.get('content') or '') or m.keys() & {'reasoning', 'reasoning_content', 'thinking'} for m in messages)
+    return has_thought or before_thought(asked) is not None or last.get('content') == ''
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('thinking', [None, 'record', 'on', 'off'])
+def test_templates_of_a_folder_print_what_transformers_prints_or_refuse(thinking, theirs):
+    folder = os.environ.get('SFT_NB_TEMPLATES')
+    if not folder: pytest.skip('SFT_NB_TEMPLATES names no folder of *.jinja files')
+    seen = {'same': 0, 'thought': 0, 'refused': 0}
+    for path in sorted(Path(folder).glob('*.jinja')):
+        source = path.read_text(encoding='utf-8')
+        template = ChatTemplate(path.stem, source, SPECIAL, thinking=thinking)
+        for name, messages, tools in conversations():
+            record = read_record({'messages': messages} | ({'tools': tools} if tools else {}))
+            switches = thinking_switches(source, thinking_of(record) if thinking == 'record' else thinking)
+            whole, asked = theirs(source, messages, tools, False, switches), theirs(source, messages[:-1], tools, True, switches)
+            try: rendered, prompt = render_record(record, template), render_prompt(record, template)
+            except InputError as e:
+                assert path.stem in str(e)
+                seen['refused'] += 1
+                continue
+            if rendered.text == whole and prompt.text == asked:
+                seen['same'] += 1
+                continue
+            seen['thought'] += 1
+            assert whole is not None and is_told_apart(messages, asked), (path.stem, name, rendered.text, whole)
+            if not any(m.keys() & {'reasoning', 'thinking'} or '</think>' in (m.get('content') or '') for m in messages[:-1]):
+                assert thinking == 'off' or prompt.text == asked, (path.stem, name, prompt.text, asked)
+            assert rendered.text.startswith(prompt.text), (path.stem, name)
+    assert seen['same'], seen
 
 
 def test_calls_end_where_the_model_stops():
