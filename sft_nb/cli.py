@@ -239,18 +239,18 @@ def _config(args):
 
 # %% ../nbs/07a_cli.ipynb #ef14bd53
 _COMMANDS = {
-    'run': (_run, 'data rows model train adapters run answers judge folder',
+    'run': (_run, 'data rows source model train adapters run answers judge folder',
             'tune, answer before and after, score, report'),
-    'train': (_train, 'data rows model train adapters run folder', 'tune a model on a file of records'),
-    'respond': (_respond, 'data model answers', 'answer the records of a file'),
+    'train': (_train, 'data rows source model train adapters run folder', 'tune a model on a file of records'),
+    'respond': (_respond, 'data source model answers', 'answer the records of a file'),
     'judge': (_judge, 'judge', 'have answers scored by another model'),
     'compare': (_compare, 'judge', 'set two files of answers side by side'),
-    'inspect': (_inspect, 'data rows model', 'show what training would see'),
-    'chat': (_chat, 'model answers', 'talk to a model'),
-    'prove': (_prove, 'data rows model train adapters', 'measure what is claimed on your model and data'),
-    'export': (_export, 'model', 'write a model as a GGUF file, read it back, compare'),
+    'inspect': (_inspect, 'data rows source model', 'show what training would see'),
+    'chat': (_chat, 'source model answers', 'talk to a model'),
+    'prove': (_prove, 'data rows source model train adapters', 'measure what is claimed on your model and data'),
+    'export': (_export, 'source', 'write a model as a GGUF file, read it back, compare'),
     'push': (_push, '', 'send a model to the Hugging Face Hub'),
-    'config': (_config, 'data rows model train adapters run answers judge folder',
+    'config': (_config, 'data rows source model train adapters run answers judge folder',
                'show every setting and where it comes from')}
 _EXAMPLES = {
     'run': ('run', 'run --data my.json --name mine --epochs 2', 'run --config my.toml --lr 5e-5 --name again',

@@ -23,13 +23,12 @@ from .shelf import get_template, load_template
 from .tokenizer import JsonTokenizer, Tokenizer, tokenizer_from_file
 from .model import ModelConfig, count_parameters
 from .decoder import Decoder
-from .families import FAMILIES, config_from_hf, file_parts, with_generation
+from .families import FAMILIES, config_from_hf, file_parts, hf_names, with_generation
 from .gguf_file import read_gguf
 from .fetch import DEFAULT_MODEL, HUB_NAMES, fetch_default_model, fetch_from_hub
 from .lora import merge_lora
 from .adapters import adapter_base, is_adapter, load_adapter
 from .packed import PackedWeight, in_blocks
-from .families import hf_names
 
 # %% ../nbs/04j_loading.ipynb #02890263
 def _empty_decoder(cfg, dtype, keep=None):

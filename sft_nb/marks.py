@@ -61,17 +61,17 @@ def _swap(value, swap):
     return value
 
 # %% ../nbs/00g_marks.ipynb #98e97264
-def _first_alike(leaves):
-    "The index of the first of `leaves` that is the last one's text, in an equal turn of the user"
-    last = leaves[-1]
-    if (last.role, last.what)!=('user', 'content'): return len(leaves)-1
-    return next(n for n, leaf in enumerate(leaves) if leaf._replace(turn=last.turn)==last)
+def _shared_number(n, leaf, said):
+    "The number of leaf `n`'s mark: what the user has `said` before (text -> number) has that number again"
+    if (leaf.role, leaf.what)!=('user', 'content'): return n
+    return said.setdefault(leaf.text, n)
 
 # %% ../nbs/00g_marks.ipynb #90e77fc1
 def _tell_apart(marked, leaves):
     "The text with marks that are alike numbered in their order"
     waiting:dict = {}
-    for n in range(len(leaves)): waiting.setdefault(_first_alike(leaves[:n+1]), []).append(n)
+    said:dict = {}
+    for n, leaf in enumerate(leaves): waiting.setdefault(_shared_number(n, leaf, said), []).append(n)
 
     def renumbered(match):
         numbers = waiting[int(match[1])]
@@ -92,10 +92,12 @@ def mark_leaves(
 )->tuple: # Messages and tools with marks for texts, and the `Leaf` of each mark in their order
     "Put a numbered mark in the place of each text of the data"
     leaves:list[Leaf] = []
+    said:dict = {}
 
     def mark(text, role, turn, what):
+        number = len(leaves)
         leaves.append(Leaf(text, role, turn, what))
-        number = _first_alike(leaves) if alike else len(leaves)-1
+        if alike: number = _shared_number(number, leaves[-1], said)
         return f'\ue002{number}\ue002'
 
     def marked_more(key, value, m, i):

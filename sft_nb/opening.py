@@ -61,8 +61,7 @@ def open_model(
 )->tuple[Loaded, Any, tuple]: # The model, the template, and the ids that were added for it
     "Load the model, and settle which template it is asked in"
     device = choose_device(cfg.device)
-    name = cfg.model
-    loaded = load_model(name, adapter=cfg.adapter, merge=merge, weights=cfg.weights)
+    loaded = load_model(cfg.model, adapter=cfg.adapter, merge=merge, weights=cfg.weights)
     template = _choose_template(loaded, cfg.template, insist=cfg.force_template)
     own = loaded.source if loaded.template else None
     if cfg.template is None: template = richer_template(template, records, own, say)

@@ -52,7 +52,8 @@ _HOMES = {TrainConfig: ('train', ''), LoraConfig: ('adapters', 'lora_'), Samplin
 _NAMES = {(LoraConfig, 'rank'): 'lora', (Stops, 'ids'): 'stop_ids', (Stops, 'strings'): 'stop'}
 _GROUPS = {
     'rows': ('loss_on', 'prompt_weight', 'span_weights', 'max_length', 'over_long', 'no_target'),
-    'model': ('model', 'adapter', 'template', 'force_template', 'thinking', 'device', 'weights'),
+    'source': ('model', 'adapter', 'template'),
+    'model': ('force_template', 'thinking', 'device', 'weights'),
     'run': ('preflight', 'stream', 'minutes', 'logger', 'export'),
     'folder': ('out', 'resume'),
     'adapters': ('keep_adapter', 'merge', 'lora_4bit'),

@@ -68,11 +68,12 @@ class PackedWeight(Tensor):
 
     def __tensor_flatten__(self)->tuple: # Names of its plain tensors, and what else it is made of
         "What the weight is stored as"
-        return [f'part{i}' for i in range(len(self.parts))], self.parts
+        return [f'part{i}' for i in range(len(self.parts))], (self.parts, self.dtype)
 
     @staticmethod
-    def __tensor_unflatten__(tensors, parts, size, stride):
-        return PackedWeight(map(_stored_in, parts, tensors.values()))
+    def __tensor_unflatten__(tensors, made_of, size, stride):
+        parts, dtype = made_of
+        return PackedWeight(map(_stored_in, parts, tensors.values()), dtype)
 
     def __repr__(self): # One line
         return f"PackedWeight({list(self.shape)}, {', '.join(map(_kind_of, self.parts))})"

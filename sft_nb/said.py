@@ -11,21 +11,20 @@ import json, re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from .calls import THOUGHT_MARKS
+
 # %% ../nbs/00j_said.ipynb #fd67b5e6
 def _between(begin, end):
     "What finds a text between two marks, of which the second may be missing"
     return re.compile(f'{re.escape(begin)}(.*?)(?:{re.escape(end)}|$)', re.S)
 
 # %% ../nbs/00j_said.ipynb #245fef10
-_THOUGHTS = [('<think>', '</think>'), ('[THINK]', '[/THINK]'), ('<|START_THINKING|>', '<|END_THINKING|>')]
-
-
 def split_thought(
     text:str, # What a model said
     opened:bool=False, # Did the question end with the beginning of a thought?
 )->tuple: # The thought, '' if there is none, and the words
     "A thought and what comes after it: `split_thought('<think>Hm.</think>Yes')`"
-    for begin, end in _THOUGHTS:
+    for begin, end in THOUGHT_MARKS.items():
         if begin not in text and end not in text: continue
         before, closed, _ = text.partition(end)
         if closed and begin not in before: text = begin + text # the question opened it
@@ -228,7 +227,7 @@ def opens_thought(
     asked:str, # The end of a question
 )->bool: # Does the answer begin within a thought?
     "Does a question end with the beginning of a thought? `opens_thought('assistant<think>')`"
-    return asked.rstrip().endswith(tuple(begin for begin, _ in _THOUGHTS))
+    return asked.rstrip().endswith(tuple(THOUGHT_MARKS))
 
 # %% ../nbs/00j_said.ipynb #91df82e1
 SPANS = 'reasoning', 'call', 'answer' # what an answer is made of
@@ -239,7 +238,7 @@ def find_spans(
 )->list: # (begin, end, 'reasoning' or 'call') of each; what is between them is the answer
     "Where thoughts and calls stand in a text: `find_spans('<think>Hm.</think>Yes')`"
     spans = []
-    for begin, end in _THOUGHTS:
+    for begin, end in THOUGHT_MARKS.items():
         opening = re.escape(begin)
         marked = re.compile(f'(?:^|{opening})(?:(?!{opening}).)*?{re.escape(end)}\\s*', re.S)
         spans += [(*m.span(), 'reasoning') for m in marked.finditer(text)]

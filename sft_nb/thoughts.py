@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from .basics import check_choice
-from .calls import THOUGHT_KEYS
+from .calls import THOUGHT_KEYS, THOUGHT_MARKS
 from .data import Message, Record
 from .said import find_spans, opens_thought, split_thought
 
@@ -103,16 +103,13 @@ def hush_empty_thoughts(
     return hushed
 
 # %% ../nbs/00k_thoughts.ipynb #147b52d0
-_ENDS = {'[THINK]': '[/THINK]', '<|START_THINKING|>': '<|END_THINKING|>'}
-
-
 def end_of_thought(
     asked:str, # A question that opens a thought
 )->str: # What stands between a thought and its answer
     "How a thought ends that a question opened: `end_of_thought('assistant<think>\\n')`"
     if not opens_thought(asked): return '' # it is ended there already
     mark = asked.rstrip()
-    closing = next((end for begin, end in _ENDS.items() if mark.endswith(begin)), '</think>')
+    closing = next(end for begin, end in THOUGHT_MARKS.items() if mark.endswith(begin))
     return f'\n{closing}\n\n' if asked.endswith('\n') else closing
 
 # %% ../nbs/00k_thoughts.ipynb #2fd5cf4b
