@@ -92,12 +92,12 @@ def mark_leaves(
 )->tuple: # Messages and tools with marks for texts, and the `Leaf` of each mark in their order
     "Put a numbered mark in the place of each text of the data"
     leaves:list[Leaf] = []
-    said:dict = {}
+    asked:dict = {} # what the user said -> its number
 
     def mark(text, role, turn, what):
         number = len(leaves)
         leaves.append(Leaf(text, role, turn, what))
-        if alike: number = _shared_number(number, leaves[-1], said)
+        if alike: number = _shared_number(number, leaves[-1], asked)
         return f'\ue002{number}\ue002'
 
     def marked_more(key, value, m, i):
@@ -159,35 +159,44 @@ def _probe_call(call, number):
 
 # %% ../nbs/00g_marks.ipynb #8ab19506
 def _call_probes(calls):
-    "The words by which the calls of one turn can be recognised"
+    "The words by which calls can be recognised, in their order"
     with_arguments = [n for n, c in enumerate(calls) if c.get('function', c).get('arguments')]
     return [f'zqn{n}qz' for n in range(len(calls))] + [f'zqa{n}qz' for n in with_arguments]
 
 # %% ../nbs/00g_marks.ipynb #77442a74
 def missing_calls(
     messages:Sequence[Message], # The turns
-    i:int, # Index of the turn whose calls are looked for
+    at:Sequence[int], # Indices of the turns whose calls are looked for
     show:Callable, # Prints messages
 )->bool: # Is one of them, or its arguments, not printed?
-    "Does the template leave out a call of turn `i`?"
-    more = messages[i].more or {}
-    calls = more.get('tool_calls', [])
+    "Does the template leave out a call of the turns `at`?"
+    marked = list(messages)
+    calls:list = []
+    for i in at:
+        more = messages[i].more or {}
+        own = more.get('tool_calls', [])
+        probes = [_probe_call(c, n) for n, c in enumerate(own, len(calls))]
+        if own: marked[i] = replace(messages[i], more=more | {'tool_calls': probes})
+        calls += own
     if not calls: return False
-    probes = more | {'tool_calls': [_probe_call(c, n) for n, c in enumerate(calls)]}
-    printed = show([replace(m, more=probes) if i==j else m for j, m in enumerate(messages)])
+    printed = show(marked)
     return not all(probe in printed for probe in _call_probes(calls))
 
 # %% ../nbs/00g_marks.ipynb #c357a3da
-def _none_printed(messages, i, show):
-    "Does the template print the word None for the words that a turn does not have?"
-    more = messages[i].more or {}
-    if 'content' not in more: return False
-    without = {k: v for k, v in more.items() if k!='content'} | {'no_content': True}
+def _none_printed(messages, at, show):
+    "Does the template print the word None for the words that one of the turns `at` does not have?"
+    silent = [i for i in at if 'content' in (messages[i].more or {})]
+    if not silent: return False
 
-    def as_turn(more): return [replace(m, more=more) if i==j else m for j, m in enumerate(messages)]
-    try: bare = show(as_turn(without))
-    except InputError: # it needs a text, perhaps an empty one
-        bare = show(as_turn(without | {'no_content': False}))
+    def without(**none):
+        "The turns, those that are silent without the word None"
+        turns = list(messages)
+        for i in silent:
+            rest = {k: v for k, v in messages[i].more.items() if k!='content'}
+            turns[i] = replace(messages[i], more=rest | none)
+        return show(turns)
+    try: bare = without(no_content=True)
+    except InputError: bare = without(no_content=False) # it needs a text, perhaps an empty one
     return show(messages).count('None')>bare.count('None')
 
 # %% ../nbs/00g_marks.ipynb #ea8eb319
@@ -195,6 +204,15 @@ def _leaves_out_tools(messages, tools, show):
     "Is what the template prints the same without `tools`?"
     try: return show(messages, tools)==show(messages, None)
     except InputError: return False # it cannot do without them
+
+# %% ../nbs/00g_marks.ipynb #6d1c02ab
+def _first_at_fault(messages, fault, show):
+    "The index of the first turn that `fault` finds something in, or None"
+    turns = range(len(messages))
+    try:
+        if not fault(messages, turns, show): return None
+    except InputError: pass # they cannot be printed together
+    return next((i for i in turns if fault(messages, [i], show)), None)
 
 # %% ../nbs/00g_marks.ipynb #b3db777a
 def check_printed(
@@ -210,10 +228,9 @@ def check_printed(
                          "that was made for it, such as 'hermes', or take it out")
 
     if tools and _leaves_out_tools(messages, tools, show): lacks("the record's 'tools'")
-    for i in range(len(messages)):
-        if missing_calls(messages, i, lambda turns: show(turns, tools)): lacks("'tool_calls'", f' turn {i}')
-        if _none_printed(messages, i, lambda turns: show(turns, tools)):
-            lacks("a missing 'content' as nothing", f' turn {i}')
+    for fault, what in (missing_calls, "'tool_calls'"), (_none_printed, "a missing 'content' as nothing"):
+        i = _first_at_fault(messages, fault, lambda turns: show(turns, tools))
+        if i is not None: lacks(what, f' turn {i}')
 
 # %% ../nbs/00g_marks.ipynb #6b68acf4
 def check_leaves(

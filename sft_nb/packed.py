@@ -72,8 +72,7 @@ class PackedWeight(Tensor):
 
     @staticmethod
     def __tensor_unflatten__(tensors, made_of, size, stride):
-        parts, dtype = made_of
-        return PackedWeight(map(_stored_in, parts, tensors.values()), dtype)
+        return PackedWeight(map(_stored_in, made_of[0], tensors.values()), made_of[1])
 
     def __repr__(self): # One line
         return f"PackedWeight({list(self.shape)}, {', '.join(map(_kind_of, self.parts))})"
