@@ -330,7 +330,7 @@ def _add_completion(commands):
         'examples:\n  sft_nb completion bash > ~/.local/share/bash-completion/completions/sft_nb'),
         formatter_class=argparse.RawDescriptionHelpFormatter)
     command.add_argument('shell', choices=['bash', 'zsh', 'tcsh'])
-    command.set_defaults(do=_completion)
+    command.set_defaults(do=_completion, parser=command)
 
 # %% ../nbs/07a_cli.ipynb #5f2806c7
 _PATHS = {'FILE': 'FILE', 'DATA': 'FILE', 'A': 'FILE', 'B': 'FILE', 'FOLDER': 'DIRECTORY', 'NAME': 'FILE'}
@@ -361,7 +361,7 @@ def _build_parser(
         command = commands.add_parser(
             name, help=about, description=do.__doc__, epilog=f'examples:\n{examples}',
             formatter_class=argparse.RawDescriptionHelpFormatter)
-        command.set_defaults(do=do, groups=groups.split())
+        command.set_defaults(do=do, groups=groups.split(), parser=command)
         add_options(command, *groups.split())
     _add_files(commands.choices)
     _add_completion(commands)

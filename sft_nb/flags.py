@@ -15,21 +15,32 @@ from .options import OPTIONS
 from .shelf import template_names
 
 # %% ../nbs/06q_flags.ipynb #ab13bd69
-def _near_flag(message):
-    "What comes near a flag that argparse does not know"
+def _near_flag(message, flags):
+    "Which of `flags` comes near one that argparse does not know"
     wrong = re.search(r'unrecognized arguments: --([\w-]+)', message)
-    hint = near_misses(wrong[1].replace('-', '_'), OPTIONS) if wrong else ''
+    names = [flag[2:] for flag in flags if flag.startswith('--')]
+    hint = near_misses(wrong[1], names) if wrong else ''
     if not hint.startswith('did you mean'): return ''
-    return '; ' + re.sub(r"'(\w+)'", lambda name: '--' + name[1].replace('_', '-'), hint)
+    return '; ' + re.sub(r"'([\w-]+)'", r'--\1', hint)
 
 # %% ../nbs/06q_flags.ipynb #21c7a190
 class OneLineParser(argparse.ArgumentParser):
-    "A parser whose complaint is one line, with status 2"
+    "A parser whose complaint is one line, with status 2; the default `parser` of a command is the command's"
+    def parse_args(self, # As in argparse
+        args:Any=None, # Words; None: those of this process
+        namespace:Any=None, # Where their values go
+    )->Any: # The values
+        "Read the words; of those that nobody knows the command complains, which knows its own flags"
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown: getattr(found, 'parser', self).error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found
+
     def error(self,
         message:str, # What argparse found
     ):
         "End the process with one line"
-        self.exit(2, f'{self.prog}: {message}{_near_flag(message)}; {self.prog} --help shows what there is\n')
+        near = _near_flag(message, self._option_string_actions)
+        self.exit(2, f'{self.prog}: {message}{near}; {self.prog} --help shows what there is\n')
 
 # %% ../nbs/06q_flags.ipynb #3c93ded5
 _COMMAS = {'betas': float, 'stop_ids': int, 'lora_tokens': int, 'lora_targets': str}
