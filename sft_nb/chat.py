@@ -321,6 +321,11 @@ def _holds(text, thought):
     "Does `text` hold `thought`, white space aside?"
     return ''.join(thought.split()) in ''.join(text.split())
 
+# %% ../nbs/01a_chat.ipynb #b592eb87
+def _unlike(segments):
+    "`segments` that the template would print in another way"
+    return [replace(s, unlike=True) for s in segments]
+
 # %% ../nbs/01a_chat.ipynb #3bb40fef
 def _after_thought(template, messages, record, asked):
     "Segments of an answer whose question ends with a thought that the template does not print, else None"
@@ -339,7 +344,7 @@ def _after_thought(template, messages, record, asked):
     text = template.render(apart, record.where, tools=record.tools)
     if text.startswith(asked) and _holds(text[len(asked):], thought):
         record = replace(record, messages=apart)
-        return _cut_any(template, apart, record, asked)
+        return _unlike(_cut_any(template, apart, record, asked))
     plain = (*before, *without_thoughts([last]))
     first, *rest = _cut_any(template, plain, replace(record, messages=plain), base)
     n = empty_thought(first.text) if first.control else 0
@@ -351,7 +356,7 @@ def _after_thought(template, messages, record, asked):
         turn=len(before))
     words = Segment(thought, control=False, **own)
     end = Segment(end_of_thought(asked), **own)
-    return [words, end, first, *rest]
+    return _unlike([words, end, first, *rest])
 
 # %% ../nbs/01a_chat.ipynb #58a00020
 def _cut_in_mode(template, messages, record, asked):

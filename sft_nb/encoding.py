@@ -60,6 +60,7 @@ class Receipt:
     after:dict = field(default_factory=_no_turns) # Turns after a last answer, which no row holds
     across:dict = field(default_factory=_no_borders) # Rows cut inside a token of their whole text
     thoughts:dict = field(default_factory=_no_turns) # Thoughts that the template does not print
+    unlike:dict = field(default_factory=_no_turns) # Answers that the template itself prints in another way
     kinds:dict = field(default_factory=_no_ids) # Speaker -> kind -> ids of the rows
     lengths:dict = field(default_factory=dict) # Power of two -> rows of at most that length
 
@@ -97,8 +98,9 @@ def _book_row(
     receipt.rows_in += 1
     receipt.tokens_in += len(row)
     receipt.stops_in += row.n_stops
-    for book, n_turns in (receipt.after, row.n_after), (receipt.thoughts, row.n_lost):
+    for name, n_turns in ('after', row.n_after), ('thoughts', row.n_lost), ('unlike', row.n_unlike):
         if not n_turns: continue
+        book = getattr(receipt, name)
         book['rows'] += 1
         book['turns'] += n_turns
         _note(book, row.where)
@@ -159,15 +161,14 @@ def _loss_lines(receipt):
         how = reason if reason=='cut' else f'dropped, {reason}'
         yield (f"  {how}: {book['rows']:,} rows, {book['tokens']:,} tokens "
                f"and {book['stops']:,} stop tokens lost: {_places(book)}")
-    across = receipt.across
-    if across['rows']:
-        yield (f"  {across['rows']:,} rows are cut between prompt and answer, where their whole text "
-               f'has one token: {_places(across)}')
-    after = receipt.after
-    if after['rows']:
-        yield f"  {after['turns']:,} turns after the last answer are in no row: {_places(after)}"
-    lost = receipt.thoughts
-    if lost['rows']: yield f"  {lost['turns']:,} thoughts are not printed by the template: {_places(lost)}"
+    if receipt.across['rows']:
+        yield (f"  {receipt.across['rows']:,} rows are cut between prompt and answer, where their whole text "
+               f'has one token: {_places(receipt.across)}')
+    for book, what in [
+            (receipt.after, 'turns after the last answer are in no row'),
+            (receipt.thoughts, 'thoughts are not printed by the template'),
+            (receipt.unlike, 'answers follow their question, as the template does not print them later')]:
+        if book['rows']: yield f"  {book['turns']:,} {what}: {_places(book)}"
 
 # %% ../nbs/01d_encoding.ipynb #e409b26c
 def _receipt_text(
@@ -330,7 +331,7 @@ def encode_all(
     return receipt.check()
 
 # %% ../nbs/01d_encoding.ipynb #64c44873
-_CACHE_VERSION = 8 # raise it when the same records would give other buffers
+_CACHE_VERSION = 9 # raise it when the same records would give other buffers
 
 
 def _cache_name(

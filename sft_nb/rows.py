@@ -102,6 +102,7 @@ class Row:
     n_after:int = 0 # Messages after the last answer, which are in no segment
     across:tuple = () # Of each border inside a token of the whole text, what the row has not
     n_lost:int = 0 # Thoughts that the template leaves out
+    n_unlike:int = 0 # Answers that the template prints in another way once they are given
 
     def __len__(self): return sum(map(len, self.ids))
 
@@ -153,10 +154,11 @@ def _make_row(record, rendered, encoded, loss_on):
 
 # %% ../nbs/01c_rows.ipynb #83c73727
 def _count_lost(row, record):
-    "The row with the number of thoughts that are in none of its segments"
+    "The row with the numbers of thoughts that it has not, and of answers that it has in another way"
     if row.n_after: record = replace(record, messages=record.messages[:-row.n_after])
     n_lost = lost_thoughts(record.messages, row.segments)
-    return replace(row, n_lost=n_lost) if n_lost else row
+    n_unlike = len({s.turn for s in row.segments if s.unlike and s.role=='assistant'})
+    return replace(row, n_lost=n_lost, n_unlike=n_unlike) if n_lost or n_unlike else row
 
 # %% ../nbs/01c_rows.ipynb #98f942b7
 def encode_rows(

@@ -40,6 +40,7 @@ class Segment:
     turn:int = -1 # Index of the message it comes from; -1: the frame
     stop:bool = False # Does it end an answer?
     span:str = 'answer' # What of an answer it is, where that is told apart: 'reasoning', 'call' or 'answer'
+    unlike:bool = False # Does the template print an answered turn in another way than this?
 
     @property
     def kind(self)->str: # 'read', 'learned' or 'stop'

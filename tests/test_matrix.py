@@ -3,6 +3,7 @@ import copy
 import itertools
 import json
 import os
+import re
 from datetime import datetime
 from pathlib import Path
 
@@ -12,7 +13,6 @@ from sft_nb.basics import InputError
 from sft_nb.chat import ChatTemplate
 from sft_nb.data import read_record
 from sft_nb.encoding import EncodePlan, load_or_encode
-from sft_nb.marks import before_thought
 from sft_nb.shelf import get_template
 from sft_nb.rows import encode_prompt, encode_rows
 from sft_nb.templates import render_prompt, render_record
@@ -152,6 +152,8 @@ def test_every_shape_prints_every_record_as_transformers_or_refuses_it(shape, th
             continue
         n_equal += 1
         assert (rendered.text, prompt.text) == (whole, asked), name
+        as_given = whole if shape == 'only reasoning' else theirs(source, messages, tools, False, switches)
+        assert any(s.unlike for s in rendered.segments) == (rendered.text != as_given), name
         assert rendered.text.startswith(prompt.text) and any(s.learn for s in rendered.segments), name
         row = encode_rows([record], template, TOKENIZER)[0]
         ends = [TOKENIZER.eos_id]*any(s.stop and not s.text for s in rendered.segments)
@@ -170,6 +172,7 @@ def test_an_empty_thought_in_the_question_alone_and_calls_that_end_in_a_reply(th
         whole, asked = theirs(REPLY, messages, tools, False, switches), theirs(REPLY, messages[:-1], tools, True, switches)
         rendered, prompt = render_record(record, template), render_prompt(record, template)
         assert prompt.text == asked, name
+        assert any(s.unlike for s in rendered.segments) != (rendered.text == whole), name
         if whole.startswith(asked): assert rendered.text == whole, name
         elif 'thought-in-words' not in name: # only the empty thought of the question is new
             assert rendered.text == asked + whole.removeprefix(asked.removesuffix('<|channel>thought\n<channel|>')), name
@@ -191,41 +194,55 @@ def test_a_thought_that_the_template_never_prints_stands_in_what_the_question_op
         assert rendered.text == f'{asked}Dry.\n</think>\n\n{words}\n<|end|>\n'
         assert ''.join(s.text for s in rendered.segments if s.learn) == f'Dry.\n</think>\n\n{words}\n<|end|>'
         assert render_prompt(record, template).text == asked
+        assert any(s.unlike for s in rendered.segments)
+        _, receipt = load_or_encode([record], EncodePlan(template, TOKENIZER))
+        assert receipt.unlike == {'rows': 1, 'turns': 1, 'where': ['record']}
+        assert '  1 answers follow their question, as the template does not print them later: record' in str(receipt).splitlines()
 
 
-def is_told_apart(messages, asked):
-    "May the whole text differ from transformers'? Only where a thought is concerned, which is printed as it would be answered"
-    last = messages[-1]
-    has_thought = any('</think>' in (m.get('content') or '') or m.keys() & {'reasoning', 'reasoning_content', 'thinking'} for m in messages)
-    return has_thought or before_thought(asked) is not None or last.get('content') == ''
+_READ = re.compile(r"[.'\"](reasoning_content|reasoning|thinking)\b")
+_WITHIN = re.compile(r'\s*<think>(.*?)</think>\s*', re.S)
+
+
+def as_told(messages, source, thinking):
+    "The turns as a template is given them: a thought under the name it reads, or no thought where none is wanted"
+    told = []
+    for m in messages:
+        m = dict(m)
+        thoughts = [m.pop(key) for key in ('reasoning_content', 'reasoning', 'thinking') if key in m]
+        if thinking == 'off': m |= {'content': _WITHIN.sub('', m['content'])} if m.get('content') else {}
+        elif thoughts:
+            m |= {'reasoning_content': thoughts[0], 'thinking': thoughts[0]}
+            if set(_READ.findall(source)) == {'reasoning'}: m['reasoning'] = thoughts[0]
+        told.append(m)
+    return told
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('thinking', [None, 'record', 'on', 'off'])
-def test_templates_of_a_folder_print_what_transformers_prints_or_refuse(thinking, theirs):
+def test_templates_of_a_folder_print_what_transformers_prints_or_refuse_or_say_so(thinking, theirs):
+    "Equal to transformers, prompt and whole; or refused; or the prompt is equal and the row's pieces are `unlike`, which the receipt counts and names"
     folder = os.environ.get('SFT_NB_TEMPLATES')
     if not folder: pytest.skip('SFT_NB_TEMPLATES names no folder of *.jinja files')
-    seen = {'same': 0, 'thought': 0, 'refused': 0}
+    seen = {'same': 0, 'said': 0, 'refused': 0}
     for path in sorted(Path(folder).glob('*.jinja')):
         source = path.read_text(encoding='utf-8')
         template = ChatTemplate(path.stem, source, SPECIAL, thinking=thinking)
         for name, messages, tools in conversations():
             record = read_record({'messages': messages} | ({'tools': tools} if tools else {}))
             switches = thinking_switches(source, thinking_of(record) if thinking == 'record' else thinking)
-            whole, asked = theirs(source, messages, tools, False, switches), theirs(source, messages[:-1], tools, True, switches)
+            given = as_told(messages, source, thinking)
+            whole, asked = theirs(source, given, tools, False, switches), theirs(source, given[:-1], tools, True, switches)
             try: rendered, prompt = render_record(record, template), render_prompt(record, template)
             except InputError as e:
                 assert path.stem in str(e)
                 seen['refused'] += 1
                 continue
-            if rendered.text == whole and prompt.text == asked:
-                seen['same'] += 1
-                continue
-            seen['thought'] += 1
-            assert whole is not None and is_told_apart(messages, asked), (path.stem, name, rendered.text, whole)
-            if not any(m.keys() & {'reasoning', 'thinking'} or '</think>' in (m.get('content') or '') for m in messages[:-1]):
-                assert thinking == 'off' or prompt.text == asked, (path.stem, name, prompt.text, asked)
-            assert rendered.text.startswith(prompt.text), (path.stem, name)
+            place = path.stem, name, rendered.text, whole
+            assert prompt.text == asked and rendered.text.startswith(asked), place
+            is_said = any(s.unlike for s in rendered.segments)
+            assert is_said != (rendered.text == whole), place
+            seen['said' if is_said else 'same'] += 1
     assert seen['same'], seen
 
 
