@@ -157,8 +157,12 @@ def _count_lost(row, record):
     "The row with the numbers of thoughts that it has not, and of answers that it has in another way"
     if row.n_after: record = replace(record, messages=record.messages[:-row.n_after])
     n_lost = lost_thoughts(record.messages, row.segments)
-    n_unlike = len({s.turn for s in row.segments if s.unlike and s.role=='assistant'})
-    return replace(row, n_lost=n_lost, n_unlike=n_unlike) if n_lost or n_unlike else row
+    unlike = {s.turn for s in row.segments if s.unlike and s.role=='assistant'}
+    if not (n_lost or unlike): return row
+    return replace(
+        row,
+        n_lost=n_lost,
+        n_unlike=len(unlike))
 
 # %% ../nbs/01c_rows.ipynb #98f942b7
 def encode_rows(

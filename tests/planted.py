@@ -396,7 +396,7 @@ BUGS = [
     bug('off-is-on', 'thoughts', "return {name: mode=='on' for name in _SWITCHES", "return {name: mode!='on' for name in _SWITCHES", 'thinking is switched the wrong way'),
     bug('empty-thought-learned', 'thoughts', 'hushed.append(replace(s, text=s.text[:n], learn=False))', 'hushed.append(replace(s, text=s.text[:n]))', 'an empty thought is learned'),
     bug('unlike-unsaid', 'chat', '    return _unlike([words, end, first, *rest])', '    return [words, end, first, *rest]', 'a row that differs from what the template prints is not told'),
-    bug('unlike-uncounted', 'rows', " if s.unlike and s.role=='assistant'})", ' if s.unlike})', 'answers printed in another way are not counted'),
+    bug('unlike-uncounted', 'rows', " if s.unlike and s.role=='assistant'}", ' if s.unlike}', 'answers printed in another way are not counted'),
     bug('unlike-unbooked', 'encoding', ", ('unlike', row.n_unlike):", ':', 'the receipt does not name answers printed in another way'),
     bug('lost-thoughts-uncounted', 'thoughts', "        n_lost += ''.join(thought) not in ''.join(printed.split())\n", "        n_lost += not printed\n", 'thoughts that are not printed are not told'),
     bug('resume-takes-any-folder', 'telling', 'if held and not resume:', 'if len(held)>1 and not resume:', 'a run is begun in a folder that is used'),
