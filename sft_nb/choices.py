@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LORA_LR', 'EXPORT_KINDS', 'TrainConfig', 'LoraConfig', 'Sampling', 'as_ids', 'Stops', 'JudgePlace', 'Patience',
-           'Judging', 'check_export_kind', 'JobConfig']
+           'Judging', 'Serving', 'check_export_kind', 'JobConfig']
 
 # %% ../nbs/00h_choices.ipynb #b0a15155
 import math, operator, re
@@ -198,6 +198,17 @@ class Judging:
         check_fields(self)
         named = isinstance(self.protocol, str)
         if named: check_choice('judge protocol', self.protocol, _PROTOCOLS)
+
+# %% ../nbs/00h_choices.ipynb #57fa48f0
+@dataclass(frozen=True)
+class Serving:
+    "Where a model is served, and to how many: `Serving(port=0, queue=8)`"
+    host:str = '127.0.0.1' # Name or address to listen on; 0.0.0.0: whoever reaches this machine may ask
+    port:int = _ruled(8000, least=0, most=65535) # Port to listen on; 0: one that is free
+    queue:int = _ruled(64, least=0) # Most requests that wait for a seat; the next is told to come again
+    context:int = _ruled(2048, least=2) # Most tokens of a prompt and its answer together
+
+    def __post_init__(self): check_fields(self)
 
 # %% ../nbs/00h_choices.ipynb #11e77d26
 def _check_weights(weights):

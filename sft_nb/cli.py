@@ -10,10 +10,11 @@ import argparse
 import os
 import sys
 import signal
+from dataclasses import fields, replace
 from pathlib import Path
 from . import __version__
 from .basics import InputError, json_text
-from .choices import LORA_LR, JobConfig
+from .choices import LORA_LR, JobConfig, Serving
 from .readers import file_kind
 from .split import split_records
 from .telling import Stage, Teller, hide_bars, hush_plots, show_json, show_line, show_nothing
@@ -186,6 +187,16 @@ def _chat(args):
     from sft_nb.talk import talk # torch is not for a quick --help
     talk(job_config(args))
 
+# %% ../nbs/07a_cli.ipynb #d754e1a9
+def _serve(args):
+    "Answer clients of OpenAI's API until Ctrl-C; for many users take vLLM: vllm serve MODEL"
+    from sft_nb.serve import serve_model # torch and the extra are not for a quick --help
+    cfg = job_config(args)
+    if None not in (args.source, cfg.model):
+        raise InputError(f'serve: two models, got {args.source!r} and --model {cfg.model!r}; give one')
+    if args.source is not None: cfg = replace(cfg, model=args.source)
+    serve_model(cfg, Serving(args.host, args.port, args.queue, args.context), _teller(args))
+
 # %% ../nbs/07a_cli.ipynb #b8695f49
 def _prove(args):
     "Measure what this library claims on your own model and records; a red line is status 1"
@@ -248,6 +259,7 @@ _COMMANDS = {
     'compare': (_compare, 'judge', 'set two files of answers side by side'),
     'inspect': (_inspect, 'data rows source model', 'show what training would see'),
     'chat': (_chat, 'source model answers', 'talk to a model'),
+    'serve': (_serve, 'source model answers', "answer clients of OpenAI's API"),
     'prove': (_prove, 'data rows source model train adapters',
               'measure what is claimed on your model and data'),
     'export': (_export, 'source', 'write a model as a GGUF file, read it back, compare'),
@@ -267,6 +279,7 @@ _EXAMPLES = {
     'compare': ('compare runs/mine/responses-before.json runs/mine/responses.json --out compared',),
     'inspect': ('inspect my.json --rows 1',),
     'chat': ('chat --model runs/mine/model --temperature 0.7', 'chat --adapter runs/mine/adapter'),
+    'serve': ('serve runs/mine/model', 'serve runs/mine/model --port 0 --queue 8'),
     'prove': ('prove --model runs/mine/model --data my.json --out certificate.json',),
     'export': ('export runs/mine/model --to mine.gguf --as q8_0',
                'export runs/mine/model --to mine.gguf --as q8_0 --ollama',
@@ -283,6 +296,19 @@ def _add_push(push):
     push.add_argument('--public', action='store_true', help='let everybody see it; else it is private')
     push.add_argument('--dry-run', action='store_true', help='only tell what would be sent')
 
+# %% ../nbs/07a_cli.ipynb #7b495bb4
+def _add_serving(serve):
+    "What the command `serve` takes beside the settings of a model"
+    serve.add_argument('source', nargs='?', metavar='MODEL', help='the same as --model')
+    about = {'host': 'name or address to listen on; 0.0.0.0 lets whoever reaches this machine ask',
+             'port': 'port to listen on; 0: one that is free',
+             'queue': 'most requests that wait for a seat; the next is told to come again',
+             'context': 'most tokens of a prompt and its answer together'}
+    for f in fields(Serving):
+        how = {'metavar': 'N', 'type': int} if f.type is int else {'metavar': 'NAME'}
+        words = f'{about[f.name]} [{f.default}]'
+        serve.add_argument(f'--{f.name}', default=f.default, help=words, **how)
+
 # %% ../nbs/07a_cli.ipynb #98f51c63
 def _add_files(commands):
     "The files and folders that commands read and write"
@@ -292,7 +318,7 @@ def _add_files(commands):
     for name in ('run', 'train', 'config'):
         commands[name].add_argument('--name', help='run folder runs/NAME [default]')
     commands['config'].add_argument('--json', action='store_true', help='as JSON instead of TOML')
-    for name in ('run', 'train', 'respond', 'judge', 'compare', 'prove'):
+    for name in ('run', 'train', 'respond', 'judge', 'compare', 'prove', 'serve'):
         commands[name].add_argument('--quiet', action='store_true', help='say nothing but what is wrong')
         commands[name].add_argument('--json', action='store_true', help='one object of JSON a stage')
     for name in ('run', 'train'):
@@ -317,6 +343,7 @@ def _add_files(commands):
     export.add_argument('--data', dest='held_out', metavar='FILE', help='records to compare on')
     export.add_argument('--ollama', action='store_true', help='write a Modelfile for Ollama beside it')
     _add_push(commands['push'])
+    _add_serving(commands['serve'])
     inspect = commands['inspect']
     inspect.add_argument('file', nargs='?', metavar='DATA', help='the same as --data')
     inspect.add_argument('--dedupe', metavar='OUT', help='write the records without near duplicates there')
@@ -395,7 +422,8 @@ def main(
     try:
         if argv is None: hush_plots()
         if argv is None: _forgive_streams()
-        if argv is None and args.command in ('run', 'train', 'respond', 'export', 'prove'): _use_tcmalloc()
+        computes = args.command in ('run', 'train', 'respond', 'export', 'prove', 'serve')
+        if argv is None and computes: _use_tcmalloc()
         status = args.do(args) or 0
         if argv is None: _end_quietly()
         return status
