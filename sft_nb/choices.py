@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LORA_LR', 'EXPORT_KINDS', 'TrainConfig', 'LoraConfig', 'Sampling', 'as_ids', 'Stops', 'JudgePlace', 'Patience',
-           'Judging', 'Serving', 'check_export_kind', 'JobConfig']
+           'Judging', 'Serving', 'Harness', 'check_export_kind', 'JobConfig']
 
 # %% ../nbs/00h_choices.ipynb #b0a15155
 import math, operator, re
@@ -207,6 +207,23 @@ class Serving:
     port:int = _ruled(8000, least=0, most=65535) # Port to listen on; 0: one that is free
     queue:int = _ruled(64, least=0) # Most requests that wait for a seat; the next is told to come again
     context:int = _ruled(2048, least=2) # Most tokens of a prompt and its answer together
+
+    def __post_init__(self): check_fields(self)
+
+# %% ../nbs/00h_choices.ipynb #8d41c19d
+_WAYS_TO_ASK = 'server', 'hf'
+
+@dataclass(frozen=True)
+class Harness:
+    "What a model is asked by lm-eval: `Harness(tasks=('hellaswag',), limit=100)`"
+    tasks:tuple = () # Names of lm-eval's tasks, or YAML files of your own
+    through:str = _ruled('server', one_of=_WAYS_TO_ASK) # 'server': our engine answers; 'hf': transformers
+    chat:bool = True # Ask in the model's own template
+    shots:int|None = _ruled(None, least=0) # Solved examples before each; None: as the task says
+    limit:int|None = _ruled(None, least=1) # Only the first questions of each task; None: all
+    context:int = _ruled(2048, least=2) # Most tokens of a question and its answer together
+    out:str|Path|None = None # Folder for the scores
+    before:str|Path|None = None # Folder with another model's scores, to compare with
 
     def __post_init__(self): check_fields(self)
 

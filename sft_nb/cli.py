@@ -10,16 +10,16 @@ import argparse
 import os
 import sys
 import signal
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from . import __version__
 from .basics import InputError, json_text
-from .choices import LORA_LR, JobConfig, Serving
+from .choices import LORA_LR, Harness, JobConfig, Serving
 from .readers import file_kind
 from .split import split_records
 from .telling import Stage, Teller, hide_bars, hush_plots, show_json, show_line, show_nothing
 from .options import OPTIONS, make_job, read_settings, settings_of, settings_text
-from .flags import OneLineParser, add_options
+from .flags import OneLineParser, add_fields, add_options, read_fields
 
 # %% ../nbs/07a_cli.ipynb #ce27c99a
 def _run_folder(args):
@@ -187,15 +187,26 @@ def _chat(args):
     from sft_nb.talk import talk # torch is not for a quick --help
     talk(job_config(args))
 
+# %% ../nbs/07a_cli.ipynb #dde25f05
+def _asked_model(args):
+    "The configuration of a command whose model may stand without its option"
+    cfg = job_config(args)
+    if None not in (args.source, cfg.model):
+        raise InputError(f'{args.command}: two models, got {args.source!r} and --model {cfg.model!r}; '
+                         'give one')
+    return cfg if args.source is None else replace(cfg, model=args.source)
+
 # %% ../nbs/07a_cli.ipynb #d754e1a9
 def _serve(args):
     "Answer clients of OpenAI's API until Ctrl-C; for many users take vLLM: vllm serve MODEL"
     from sft_nb.serve import serve_model # torch and the extra are not for a quick --help
-    cfg = job_config(args)
-    if None not in (args.source, cfg.model):
-        raise InputError(f'serve: two models, got {args.source!r} and --model {cfg.model!r}; give one')
-    if args.source is not None: cfg = replace(cfg, model=args.source)
-    serve_model(cfg, Serving(args.host, args.port, args.queue, args.context), _teller(args))
+    serve_model(_asked_model(args), read_fields(args, Serving), _teller(args))
+
+# %% ../nbs/07a_cli.ipynb #e20071f7
+def _evaluate(args):
+    "Put tasks of lm-eval to a model, in its own template; with --before, say what has changed"
+    from sft_nb.harness import evaluate_model # torch and the extra are not for a quick --help
+    evaluate_model(_asked_model(args), read_fields(args, Harness), _teller(args))
 
 # %% ../nbs/07a_cli.ipynb #b8695f49
 def _prove(args):
@@ -260,6 +271,7 @@ _COMMANDS = {
     'inspect': (_inspect, 'data rows source model', 'show what training would see'),
     'chat': (_chat, 'source model answers', 'talk to a model'),
     'serve': (_serve, 'source model answers', "answer clients of OpenAI's API"),
+    'evaluate': (_evaluate, 'source model', 'put tasks of lm-eval to a model'),
     'prove': (_prove, 'data rows source model train adapters',
               'measure what is claimed on your model and data'),
     'export': (_export, 'source', 'write a model as a GGUF file, read it back, compare'),
@@ -280,6 +292,7 @@ _EXAMPLES = {
     'inspect': ('inspect my.json --rows 1',),
     'chat': ('chat --model runs/mine/model --temperature 0.7', 'chat --adapter runs/mine/adapter'),
     'serve': ('serve runs/mine/model', 'serve runs/mine/model --port 0 --queue 8'),
+    'evaluate': ('evaluate runs/mine/model --tasks hellaswag,mine.yaml --out after --before before',),
     'prove': ('prove --model runs/mine/model --data my.json --out certificate.json',),
     'export': ('export runs/mine/model --to mine.gguf --as q8_0',
                'export runs/mine/model --to mine.gguf --as q8_0 --ollama',
@@ -296,19 +309,6 @@ def _add_push(push):
     push.add_argument('--public', action='store_true', help='let everybody see it; else it is private')
     push.add_argument('--dry-run', action='store_true', help='only tell what would be sent')
 
-# %% ../nbs/07a_cli.ipynb #7b495bb4
-def _add_serving(serve):
-    "What the command `serve` takes beside the settings of a model"
-    serve.add_argument('source', nargs='?', metavar='MODEL', help='the same as --model')
-    about = {'host': 'name or address to listen on; 0.0.0.0 lets whoever reaches this machine ask',
-             'port': 'port to listen on; 0: one that is free',
-             'queue': 'most requests that wait for a seat; the next is told to come again',
-             'context': 'most tokens of a prompt and its answer together'}
-    for f in fields(Serving):
-        how = {'metavar': 'N', 'type': int} if f.type is int else {'metavar': 'NAME'}
-        words = f'{about[f.name]} [{f.default}]'
-        serve.add_argument(f'--{f.name}', default=f.default, help=words, **how)
-
 # %% ../nbs/07a_cli.ipynb #98f51c63
 def _add_files(commands):
     "The files and folders that commands read and write"
@@ -318,7 +318,7 @@ def _add_files(commands):
     for name in ('run', 'train', 'config'):
         commands[name].add_argument('--name', help='run folder runs/NAME [default]')
     commands['config'].add_argument('--json', action='store_true', help='as JSON instead of TOML')
-    for name in ('run', 'train', 'respond', 'judge', 'compare', 'prove', 'serve'):
+    for name in ('run', 'train', 'respond', 'judge', 'compare', 'prove', 'serve', 'evaluate'):
         commands[name].add_argument('--quiet', action='store_true', help='say nothing but what is wrong')
         commands[name].add_argument('--json', action='store_true', help='one object of JSON a stage')
     for name in ('run', 'train'):
@@ -343,7 +343,9 @@ def _add_files(commands):
     export.add_argument('--data', dest='held_out', metavar='FILE', help='records to compare on')
     export.add_argument('--ollama', action='store_true', help='write a Modelfile for Ollama beside it')
     _add_push(commands['push'])
-    _add_serving(commands['serve'])
+    for name, owner in (('serve', Serving), ('evaluate', Harness)):
+        commands[name].add_argument('source', nargs='?', metavar='MODEL', help='the same as --model')
+        add_fields(commands[name], owner)
     inspect = commands['inspect']
     inspect.add_argument('file', nargs='?', metavar='DATA', help='the same as --data')
     inspect.add_argument('--dedupe', metavar='OUT', help='write the records without near duplicates there')
@@ -422,7 +424,7 @@ def main(
     try:
         if argv is None: hush_plots()
         if argv is None: _forgive_streams()
-        computes = args.command in ('run', 'train', 'respond', 'export', 'prove', 'serve')
+        computes = args.command in ('run', 'train', 'respond', 'export', 'prove', 'serve', 'evaluate')
         if argv is None and computes: _use_tcmalloc()
         status = args.do(args) or 0
         if argv is None: _end_quietly()
