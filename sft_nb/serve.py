@@ -43,7 +43,7 @@ def bind_port(
     family = socket.AF_INET6 if ':' in host else socket.AF_INET
     try: return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as e:
-        why = (e.strerror or str(e)).lower()
+        why = (e.strerror or str(e)).lower().partition(' (while')[0] # the address, once more
         raise InputError(f'serve: cannot listen on {host} port {port} ({why}); choose another --port '
                          'or --host, or --port 0 for one that is free') from None
 
