@@ -40,6 +40,9 @@ class ChatTemplate(Template):
     def _variables(self): return _variables(self)
 
     @cached_property
+    def _thinks(self): return re.search('think|thought', self.jinja.casefold()) is not None
+
+    @cached_property
     def _modes(self): return {mode: replace(self, thinking=mode) for mode in ('on', 'off', None)}
 
     def wording(self)->list: # Texts and a dictionary
@@ -233,9 +236,10 @@ def _layout(template, roles, is_prompt):
     messages = tuple(Message(role, mark, learn) for mark, (role, learn) in zip(marks, roles))
     try:
         printed = _print(template, messages, 'layout', ask=is_prompt)
-        if is_prompt: layout = _cut_prompt(printed, _mark_spans(printed))
-        else: layout = _cut_answer(printed, template.render(messages[:-1], 'layout', ask=True))
+        if is_prompt: pieces = _cut_prompt(printed, _mark_spans(printed))
+        else: pieces = _cut_answer(printed, template.render(messages[:-1], 'layout', ask=True))
     except InputError: return None
+    layout = tidy_segments(pieces)
     whole = [s.control or s.text==messages[s.turn].content for s in layout]
     return layout if all(whole) else None # a template that cuts a message also cuts its mark
 
@@ -368,8 +372,8 @@ def _cut_in_mode(template, messages, record, asked):
         plain = without_thoughts(record.messages)
         record = replace(record, messages=plain)
         messages = plain[:len(messages)]
+    if not template._thinks: return _cut_any(template, messages, record, asked)
     segments = None
     if asked is not None: segments = _after_thought(template, messages, record, asked)
     if segments is None: segments = _cut_any(template, messages, record, asked)
-    thinks = 'think' in template.jinja.casefold()
-    return hush_empty_thoughts(tidy_segments(segments)) if thinks else segments
+    return hush_empty_thoughts(tidy_segments(segments))

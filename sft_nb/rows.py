@@ -142,11 +142,11 @@ def _with_spans(rendered):
     return replace(rendered, segments=segments, n_asked=len(asked))
 
 # %% ../nbs/01c_rows.ipynb #7352ae37
-def _make_row(record, rendered, encoded, loss_on):
+def _make_row(record, rendered, encoded, loss_on, *, spans=False):
     "The `Row` of a record from the ids of its segments"
     flags = {i: m.learn for i, m in enumerate(record.messages) if m.learn is not None}
     kinds = segment_kinds(rendered.segments, flags, loss_on)
-    if any(s.span!='answer' for s in rendered.segments): kinds = _span_kinds(rendered.segments, kinds)
+    if spans: kinds = _span_kinds(rendered.segments, kinds)
     n_after = 0
     while record.messages[-1 - n_after].role!='assistant': n_after += 1
     return Row(rendered.segments, tuple(encoded.ids), tuple(kinds), record.where, bool(record.input),
@@ -178,7 +178,7 @@ def encode_rows(
     rendered = [_with_start(render_record(r, template), tokenizer) for r in records]
     if spans: rendered = [_with_spans(r) for r in rendered]
     encoded = encode_segments(rendered, tokenizer)
-    rows = [_make_row(*parts, loss_on) for parts in zip(records, rendered, encoded)]
+    rows = [_make_row(*parts, loss_on, spans=spans) for parts in zip(records, rendered, encoded)]
     return [_count_lost(*pair) for pair in zip(rows, records)]
 
 # %% ../nbs/01c_rows.ipynb #7336cd01

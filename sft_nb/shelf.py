@@ -15,6 +15,7 @@ from .basics import (
     InputError, check_choice, load_json, near_misses, read_text, save_json, shorten, write_atomic)
 from .thoughts import THINKING, thought_of
 from .chat import ChatTemplate
+from .sandbox import trust_jinja
 from .templates import PLACES, TEXT_TEMPLATES, Template, TextTemplate
 
 # %% ../nbs/01aa_shelf.ipynb #ef85de56
@@ -109,6 +110,8 @@ _TEMPLATES:dict[str, Template] = TEXT_TEMPLATES | {t.name: t for t in [
     ChatTemplate('llama2', _llama2, _bos_eos),
     ChatTemplate('mistral', _mistral, _bos_eos),
 ]}
+for _own in _TEMPLATES.values():
+    if isinstance(_own, ChatTemplate): trust_jinja(_own.jinja)
 
 # %% ../nbs/01aa_shelf.ipynb #3bf9709b
 def get_template(

@@ -10,6 +10,7 @@ __all__ = ['STYLES', 'PLACES', 'TEXT_TEMPLATES', 'format_input', 'Segment', 'Ren
 import hashlib, html, json, re
 from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
 from typing import Any
 from .basics import InputError, shorten
 from .data import Message, Record
@@ -185,6 +186,10 @@ class TextTemplate(Template):
         "Everything that decides what is printed; the name does not"
         return ['text', self.with_input, self.without_input]
 
+    @cached_property
+    def _pieces(self): # of the prompt without an input, and of the one with it
+        return [[Segment(w) for w in PLACES.split(words)] for words in (self.without_input, self.with_input)]
+
     def prompt(self, messages:Sequence[Message], record:Record)->list: # `Segment`s
         "The words with the record's data in their places"
         _refuse_more(messages, record, self.name)
@@ -192,10 +197,10 @@ class TextTemplate(Template):
             got = shorten([m.role for m in record.messages])
             raise InputError(f"{record.where}: template {self.name!r} holds one instruction and one answer, "
                              f"got roles {got}; use a chat template such as 'chatml'")
-        words = PLACES.split(self.with_input if record.input else self.without_input)
         data = {'{instruction}': record.instruction, '{input}': record.input}
-        return tidy_segments(Segment(data[w], control=False, role='user', turn=0) if w in data else Segment(w)
-                             for w in words)
+        own:dict[str, Any] = dict(control=False, role='user', turn=0)
+        pieces = self._pieces[data['{input}']!='']
+        return tidy_segments([Segment(data[s.text], **own) if s.text in data else s for s in pieces])
 
     def answer(self, messages:Sequence[Message], asked:str, record:Record)->list: # `Segment`s
         "The answer's own words and its end"

@@ -120,9 +120,10 @@ def lost_thoughts(
     "How many thoughts a template did not print: `lost_thoughts(record.messages, rendered.segments)`"
     n_lost = 0
     for i, m in enumerate(messages):
-        thought = thought_of(m).split()
-        printed = ''.join(s.text for s in segments if s.turn==i) if thought else ''
-        n_lost += ''.join(thought) not in ''.join(printed.split())
+        thought = thought_of(m)
+        if not thought: continue
+        printed = ''.join(s.text for s in segments if s.turn==i)
+        n_lost += ''.join(thought.split()) not in ''.join(printed.split())
     return n_lost
 
 # %% ../nbs/00k_thoughts.ipynb #a7a020ea
