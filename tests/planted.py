@@ -266,6 +266,7 @@ BUGS = [
     bug('trial-leaves-trace', 'preflight', "        if start_N is not None: flat.tensors()['master'].copy_(start_N)\n", '', 'the preflight trains the model'),
     bug('stop-check-any', 'preflight', 'n = int(np.isin(last, stops).sum())', 'n = len(rows)', 'answers without a stop pass the preflight'),
     bug('blind-in-bits', 'preflight', 'blind = math.log(vocab)', 'blind = math.log2(vocab)', 'a blind guess is said in bits'),
+    bug('pace-of-small-batches', 'preflight', 'np.argsort(sizes)[places]', 'np.argsort(sizes)[:6]', 'an estimate is made of the shortest rows'),
     bug('validations-one-less', 'preflight', 'n_vals = 1 + math.ceil(n_steps/every)', 'n_vals = math.ceil(n_steps/every)', 'a budget of minutes forgets the first validation'),
     bug('smooth-unweighted', 'watch', "np.convolve(loss*targets, window, 'same')/np.convolve(targets, window, 'same')", "np.convolve(loss, window, 'same')/window.sum()", 'the curve bends at its ends'),
     # evaluation
