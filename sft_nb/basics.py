@@ -129,10 +129,11 @@ def _open_file(path):
         return open(path, 'rb')
     except InputError: raise
     except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(f'{name}: no such file; check the name (for a set on the Hugging Face hub '
-                                'write hub:owner/name)') from None
+        is_set = re.fullmatch(r'[\w-]+/[\w-]+', str(path)) is not None
+        hint = f' (a set on the Hugging Face hub is hub:{path})' if is_set else ''
+        raise FileNotFoundError(f'{name}: no such file; check the name{hint}') from None
     except (OSError, ValueError) as e: # a ValueError is about a NUL byte in the name
-        why = getattr(e, 'strerror', e)
+        why = getattr(e, 'strerror', str(e).removeprefix('stat: '))
         is_data = str(path).lstrip().startswith(('[', '{'))
         advice = 'records that are in memory go to as_records' if is_data else 'check its name and its rights'
         raise InputError(f'{name}: cannot be opened, got {why}; {advice}') from None

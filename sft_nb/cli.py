@@ -13,13 +13,15 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 from . import __version__
-from .basics import InputError, json_text
+from .basics import InputError
 from .choices import LORA_LR, Harness, JobConfig, Serving
 from .readers import file_kind
 from .split import split_records
-from .telling import Stage, Teller, hide_bars, hush_plots, show_json, show_line, show_nothing
+from .telling import Stage, Teller, ascii_json, hide_bars, hush_plots
+from .telling import show_json, show_line, show_nothing
 from .options import OPTIONS, make_job, read_settings, settings_of, settings_text
-from .flags import OneLineParser, add_fields, add_options, complaint_of, is_memory_fault, read_fields
+from .flags import OnceAction, OneLineParser, add_fields, add_options
+from .flags import complaint_of, is_memory_fault, read_fields
 
 # %% ../nbs/07a_cli.ipynb #ce27c99a
 def _run_folder(args):
@@ -257,7 +259,7 @@ def _config(args):
     "Show every setting and where it comes from, as a file for --config"
     values, sources = choose(args)
     settings = settings_of(make_job(values))
-    print(json_text(settings, 4) if args.json else settings_text(settings, sources))
+    print(ascii_json(settings, 4) if args.json else settings_text(settings, sources))
 
 # %% ../nbs/07a_cli.ipynb #ef14bd53
 _COMMANDS = {
@@ -314,7 +316,7 @@ def _add_files(commands):
     "The files and folders that commands read and write"
     about = 'settings in TOML, or the JSON that a run wrote'
     for name, command in commands.items():
-        if name!='push': command.add_argument('--config', metavar='FILE', help=about)
+        if name!='push': command.add_argument('--config', action=OnceAction, metavar='FILE', help=about)
     for name in ('run', 'train', 'config'):
         commands[name].add_argument('--name', help='run folder runs/NAME [default]')
     commands['config'].add_argument('--json', action='store_true', help='as JSON instead of TOML')

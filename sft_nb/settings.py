@@ -268,9 +268,10 @@ def _steps_in_words(
         n_pieces = math.ceil(cfg.batch_size/cfg.micro_batch_size)
         pieces += f', each in {n_pieces} micro-batches'
     if cfg.micro_batch_tokens: pieces += f', in micro-batches of at most {cfg.micro_batch_tokens:,} tokens'
+    length = f'x {cfg.epochs:g} epochs = {n_steps:,} steps'
+    if cfg.steps: length = f'{n_steps:,} steps = {n_steps/per_epoch:.3g} epochs'
     return (f'rows      {n_rows:,} / {cfg.batch_size} = {per_epoch:,} steps an epoch{pieces}; '
-            f'x {cfg.epochs:g} epochs = {n_steps:,} steps, {round(cfg.warmup*n_steps)} of them warm-up, '
-            f'then {cfg.schedule} from {cfg.lr:g}')
+            f'{length}, {round(cfg.warmup*n_steps)} of them warm-up, then {cfg.schedule} from {cfg.lr:g}')
 
 # %% ../nbs/05d_settings.ipynb #d29fdeb0
 def _tokens_in_words(

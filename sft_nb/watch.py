@@ -12,7 +12,7 @@ from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 import numpy as np
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 from .basics import InputError
 from .figures import COLORS
 from .tokenizer import Tokenizer
@@ -20,6 +20,7 @@ from .choices import Stops
 from .generation import generate
 from .choices import TrainConfig
 from .settings import StepLog, TrainLog, ValLog
+if TYPE_CHECKING: from matplotlib.figure import Figure
 
 # %% ../nbs/05h_watch.ipynb #edb71ce8
 def _smoothed(
@@ -46,8 +47,9 @@ def _tokens_per_epoch(
 def plot_losses(
     log:TrainLog, # What `train` returned or `load_log` read
     smooth:int=9, # Training losses are averaged over this many steps, weighted by their targets
-)->Figure: # Not known to pyplot, so that nothing has to be closed
+)->'Figure': # Not known to pyplot, so that nothing has to be closed
     "Both losses over epochs (below) and real tokens (above): `plot_losses(load_log('runs/mine'))`"
+    from matplotlib.figure import Figure # it writes a list of fonts; who draws nothing writes nothing
     fig = Figure(figsize=(5, 2.5), layout='constrained')
     ax = fig.subplots()
     ax.spines['right'].set(visible=False)

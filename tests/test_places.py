@@ -32,7 +32,7 @@ def fsync_of_writers(handle):
 os.fsync = fsync_of_writers
 open_ = os.open
 def no_folders(path, *args, **kw):
-    if os.path.isdir(path): raise PermissionError(f'{path}: is a folder')
+    if os.path.isdir(path) and 'dir_fd' not in kw: raise PermissionError(f'{path}: is a folder') # with it: shutil, which has another way there
     return open_(path, *args, **kw)
 os.open = no_folders
 exists, is_file = pathlib.Path.exists, pathlib.Path.is_file

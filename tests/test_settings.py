@@ -139,8 +139,35 @@ def test_json_is_one_object_a_line_and_errors_are_among_them(home): # noqa: F811
     assert done.returncode == 2 and json.loads(done.stdout)['stage'] == 'error'
 
 
-def test_a_dry_run_checks_everything_and_writes_nothing(home): # noqa: F811
+def test_a_pipe_of_any_encoding_takes_settings_and_json(home): # noqa: F811
+    "What `sft_nb config > my.toml` and `--json` write can be read again, whatever the system's encoding lacks"
+    name = 'größe 数据 👩.json'
+    for encoding in ('utf-16', 'ascii', 'cp1252', 'utf-8'):
+        env = dict(os.environ, PYTHONPATH=str(ROOT), PYTHONIOENCODING=encoding)
+        for words, file in (([], 'mine é.toml'), (['--json'], 'mine.json')):
+            with open(home/file, 'wb') as out:
+                assert subprocess.run([sys.executable, '-m', 'sft_nb.cli', 'config', '--data', name, '--stop', '👩', *words], cwd=home, env=env, stdout=out).returncode == 0
+            values = read_settings(home/file)
+            assert (values['data'], values['stop']) == (name, ['👩']), (encoding, file)
+        if encoding == 'utf-16': continue                        # a line at a time, each with its own mark: for files alone
+        done = subprocess.run([sys.executable, '-m', 'sft_nb.cli', 'train', '--config', 'mine é.toml', '--json'], cwd=home, env=env, capture_output=True)
+        assert [json.loads(line)['stage'] for line in done.stdout.decode(encoding).splitlines()] == ['error'] and done.returncode == 2
+    assert '--config: given twice' in complaint(sft_nb('config', '--config', 'mine.json', '--config', 'mine é.toml', cwd=home))
+    done = sft_nb('config', '--config', '-', cwd=home, stdin=(home/'mine.json').read_text())
+    assert done.returncode == 0 and 'data = ' in done.stdout
+
+
+def test_a_dry_run_checks_everything_and_writes_nothing(home, tmp_path): # noqa: F811
+    "Neither where it runs nor in the user's home nor among temporary files"
     before = sorted(home.rglob('*'))
+    for name in ('home', 'tmp'): (tmp_path/name).mkdir()
+    env = {k: v for k, v in os.environ.items() if not k.startswith(('XDG_', 'MPL'))}
+    env |= dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', HOME=str(tmp_path/'home'), TMPDIR=str(tmp_path/'tmp'), PYTHONDONTWRITEBYTECODE='1')
+    for command in ('run', 'train'):
+        words = [sys.executable, '-m', 'sft_nb.cli', command, '--data', 'toy.json', '--model', 'tiny', '--name', 'dry', '--dry-run', '--minutes', '.1']
+        done = subprocess.run(words, cwd=home, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0 and 'nothing was written' in done.stdout, done.stderr
+    assert sorted(home.rglob('*')) == before and [p for p in tmp_path.rglob('*') if p.parent != tmp_path] == []
     done = sft_nb('run', '--data', 'toy.json', '--model', 'tiny', '--name', 'dry', '--dry-run', '--epochs', '2', '--no-preflight', cwd=home)
     assert done.returncode == 0, done.stderr
     for said in ('memory', 'disk', 'time', 'x 2 epochs = 10 steps', 'nothing was written'): assert said in done.stdout
