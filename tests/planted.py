@@ -141,6 +141,7 @@ BUGS = [
     bug('unexpected-dropped', 'loading', "    wrong += [f'{n} is unexpected' for n in sorted(left) if not _COMPUTED.search(n)]\n", '', 'tensors without a place are ignored'),
     bug('dtype-not-as-stored', 'loading', 'dtype or _stored_dtype(read)', 'dtype or torch.float32', 'weights are not loaded as they are stored'),
     bug('adapter-not-in-fingerprint', 'loading', 'fingerprint(under.fingerprint + digits)', 'under.fingerprint', 'a model with an adapter passes for the one without'),
+    bug('licence-not-saved', 'saving', 'told = _licence_of_base(meta) | meta', 'told = meta', 'a model forgets the licence of its base'),
     bug('dtype-not-in-config', 'saving', 'hf | precision, indent=2', 'hf, indent=2', 'config.json names the old precision'),
     bug('dtype-of-config-fixed', 'saving', "kind = str(model.head_weight.dtype).removeprefix('torch.')", "kind = 'float32'", 'config.json says float32 of 16-bit weights'),
     bug('shard-too-large', 'saving', 'size + t.nbytes>shard_bytes', 'size>shard_bytes', 'weight files are larger than asked'),
