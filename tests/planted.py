@@ -135,6 +135,7 @@ BUGS = [
     bug('adapter-alpha-lost', 'adapters', "'lora_alpha': cfg.alpha", "'lora_alpha': cfg.rank", 'peft scales the adapter otherwise'),
     bug('adapter-rslora-unread', 'adapters', "root_scale=bool(got.get('use_rslora'))", 'root_scale=False', "peft's rank-stabilised adapters are scaled wrongly"),
     bug('adapter-dora-taken', 'adapters', "_NOT_COMPUTED = ('use_dora', ", '_NOT_COMPUTED = (', 'a DoRA adapter is computed as plain LoRA'),
+    bug('other-base-unsaid', 'loading', 'if not was or was==under.fingerprint', 'if not was or was', 'an adapter beside another base is taken without a word'),
     bug('hashes-not-compared', 'loading', '        if now!=was:\n', '        if now is None:\n', 'weights that were changed are loaded'),
     bug('not-finite-accepted', 'loading', "return '' if torch.isfinite(place).all() else 'has values that are not finite'", "return ''", 'weights may be NaN'),
     bug('tied-head-unchecked', 'loading', "        if not same: wrong.append('lm_head.weight is not the embedding it is tied to')\n", '', 'a second table is dropped without a word'),
