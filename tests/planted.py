@@ -170,7 +170,7 @@ BUGS = [
     bug('mode-not-put-back', 'generation', "        for m in self.in_training: vars(m)['training'] = True\n", '', 'a model is left in evaluation mode'),
     bug('template-stop-not-used', 'generation', 'default_stop_ids(model, tokenizer, template))', 'default_stop_ids(model, tokenizer))', "records are answered on behind the template's stop"),
     # text to batches
-    bug('control-in-content', 'tokenizer', '    tok.encode_special_tokens = True\n', '', "a user's text becomes control tokens"),
+    bug('control-in-content', 'tokenizer', '    blind.encode_special_tokens = True\n', '', "a user's text becomes control tokens"),
     bug('vocabulary-held-twice', 'tokenizer', 'tokenizers.Tokenizer(tok.model) #', 'tokenizers.Tokenizer.from_str(tok.to_str()) #', 'a vocabulary is in memory twice'),
     bug('content-end-token', 'tokenizer', 'self.forbidden = self.control_ids - ', 'self.forbidden = set() and self.control_ids - ', 'words of the data become an end token'),
     bug('fingerprint-without-eos', 'tokenizer', '[self.tok.to_str(), self.content_tokens, self.eos]', '[self.tok.to_str(), self.content_tokens]', 'two ends of text share a cache'),
