@@ -12,35 +12,15 @@ from typing import Any
 from .basics import load_json, write_atomic
 from .fetch import DEFAULT_MODEL
 from .adapters import is_adapter
-
-# %% ../nbs/06p_card.ipynb #04a87bee
-_OF_DEFAULT = {'base_model': 'HuggingFaceTB/SmolLM2-135M-Instruct', 'license': 'apache-2.0', 'language': 'en'}
-_INHERITED = 'license', 'license_name', 'license_link', 'language'
-
-def _card_file(base):
-    "The card of a model, or None; nothing is fetched"
-    from huggingface_hub import try_to_load_from_cache # takes a while to import
-    here = Path(base)/'README.md'
-    if here.is_file(): return here
-    if '/' not in base: return None
-    repo, _, revision = base.partition('@')
-    try: found = try_to_load_from_cache(repo, 'README.md', revision=revision or None)
-    except ValueError: return None # a path
-    return Path(found) if isinstance(found, str) else None
-
-# %% ../nbs/06p_card.ipynb #d6c5fcfd
-def _header_of(card):
-    "What the header of a card says, {} if there is none that can be read"
-    from huggingface_hub import metadata_load # takes a while to import
-    try: return metadata_load(card) or {}
-    except Exception: return {} # somebody else's file: whatever is wrong with it, nothing is known
+from .saving import header_of_base
 
 # %% ../nbs/06p_card.ipynb #99320c81
+_INHERITED = 'license', 'license_name', 'license_link', 'language'
+
 def _known_of(base):
     "Header entries that a model takes over from the one it was made of"
-    if base==DEFAULT_MODEL: return dict(_OF_DEFAULT)
-    card = _card_file(base)
-    own = _header_of(card) if card else {}
+    own = header_of_base(base)
+    if base==DEFAULT_MODEL: return own
     known = {key: own[key] for key in _INHERITED if own.get(key)}
     if not Path(base).exists() and '/' in base: return {'base_model': base.partition('@')[0]} | known
     if isinstance(own.get('base_model'), str): known['base_model'] = own['base_model']
@@ -58,6 +38,7 @@ def _header(about, thin):
     from huggingface_hub import ModelCardData # takes a while to import
     tags = ['sft_nb', 'sft', 'instruction-tuning', *(['lora'] if thin else [])]
     known = _known_of(str(about.get('under') or about.get('base') or ''))
+    if about.get('license'): known['license'] = about['license'] # which was known when it was saved
     named = _name_of(str(about.get('data') or ''))
     if re.fullmatch(r'([\w.-]+/)?[\w.-]+', named): known['datasets'] = [named]
     data = ModelCardData(pipeline_tag='text-generation', tags=tags,

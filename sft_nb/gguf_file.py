@@ -296,8 +296,16 @@ def stored_less(
     "What Hugging Face's files hold less than a GGUF file: `stored_less('model.norm.weight', 'gemma3')` is 1"
     return float(arch.startswith('gemma') and name.endswith('norm.weight'))
 
+# %% ../nbs/04h_gguf.ipynb #854bf02b
+def _give_back(array):
+    "Let the system take the memory back through which a file was read"
+    owner = array
+    while owner is not None and not hasattr(owner, 'madvise'): owner = getattr(owner, 'base', None)
+    if owner is not None: owner.madvise(getattr(mmap, 'MADV_DONTNEED', 4))
+
 # %% ../nbs/04h_gguf.ipynb #4834b114
 _PIECE = 2**18 # numbers that are unpacked at a time
+_PIECES = 16 # after so many the memory of the file is given back
 
 def _unpack_into(tensor, place, rows, less, pool):
     "Write a packed tensor into `place`; `rows` says where each of its rows goes, None: in order"
@@ -309,15 +317,9 @@ def _unpack_into(tensor, place, rows, less, pool):
         if less: got = got - less
         if rows is None: place[start:stop] = got
         else: place[rows[start:stop]] = got.to(place.dtype)
+        if start//size%_PIECES==_PIECES - 1: _give_back(tensor.data)
         return all(math.isfinite(x) for x in torch.aminmax(got)) # which are no numbers if some value is none
     return all(list(pool.map(unpack, range(0, n_rows, size)))) # a list, so that all are waited for
-
-# %% ../nbs/04h_gguf.ipynb #854bf02b
-def _give_back(array):
-    "Let the system take the memory back through which a file was read"
-    owner = array
-    while owner is not None and not hasattr(owner, 'madvise'): owner = getattr(owner, 'base', None)
-    if owner is not None: owner.madvise(getattr(mmap, 'MADV_DONTNEED', 4))
 
 # %% ../nbs/04h_gguf.ipynb #8a42fb98
 def fill_place(

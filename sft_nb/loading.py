@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from .basics import InputError, file_sha256, fingerprint, load_json, near_misses, shorten
-from .machine import free_memory
+from .machine import free_memory, release_memory
 from .templates import Template
 from .shelf import get_template, load_template
 from .tokenizer import JsonTokenizer, Tokenizer, tokenizer_from_file
@@ -273,6 +273,7 @@ def _check_room(cfg, dtype, where):
 def _load_gguf(path, dtype, *, blocks=False):
     "A GGUF file: configuration, weights unpacked or in blocks and frozen, tokenizer and template"
     held = read_gguf(path)
+    release_memory() # that its vocabulary took on the way
     dtype = dtype or torch.float32
     if not blocks: _check_room(held.cfg, dtype, path)
     keep = _blocks_of(held, dtype) if blocks else None
@@ -370,11 +371,23 @@ def _check_once(folder, under):
         raise InputError(f'{folder}: is merged into {under.source} already; give one of the two')
     return digits
 
+# %% ../nbs/04j_loading.ipynb #433ecc94
+def _other_base(folder, under):
+    "What is to be said of an adapter that was trained beside other weights than those of `under`, or ''"
+    path = folder/'sft_nb.json'
+    about = load_json(path) if path.is_file() else {}
+    was = about.get('base_fingerprint') if isinstance(about, dict) and not about.get('under') else None
+    if not was or was==under.fingerprint: return ''
+    return (f"{folder}: was trained beside {about.get('base')} with weights {was}, not {under.source} with "
+            f'{under.fingerprint}; its answers may be worse')
+
 # %% ../nbs/04j_loading.ipynb #32c4aaf2
 def _put_adapter(folder, source, under, merge):
     "An adapter on the model `under`, merged into it or beside its weights"
     digits = _check_once(folder, under)
     load_adapter(folder, under.model)
+    note = _other_base(folder, under)
+    if note: print(note, file=sys.stderr)
     tokenizer = _load_tokenizer(folder, under.cfg) or under.tokenizer
     if merge and not in_blocks(under.model): # blocks take nothing in
         merge_lora(under.model)

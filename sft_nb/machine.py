@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['find_fault', 'widest_float', 'choose_device', 'choose_dtype', 'find_tcmalloc', 'describe_allocator', 'free_memory',
-           'peak_memory']
+           'peak_memory', 'release_memory']
 
 # %% ../nbs/00c_machine.ipynb #109c2de2
 import ctypes.util, math, os, sys, time
@@ -212,3 +212,11 @@ def peak_memory(
     except ImportError: return 0
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return held if sys.platform=='darwin' else held*1024 # Linux counts in KiB
+
+# %% ../nbs/00c_machine.ipynb #1ad33c2b
+def release_memory()->bool: # Was there a way to ask?
+    "Let the system have back what the C library holds and nobody uses"
+    if os.name!='posix': return False
+    trim = getattr(ctypes.CDLL(None), 'malloc_trim', None) # of glibc, not of others
+    if trim: trim(0)
+    return bool(trim)

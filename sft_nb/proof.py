@@ -6,7 +6,6 @@
 __all__ = ['Proof', 'export_model', 'export_run']
 
 # %% ../nbs/04r_proof.ipynb #07c6d1a7
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,8 +25,8 @@ from .rows import encode_prompt, encode_record
 from .positions import rope_frequencies
 from .families import hf_tensors
 from .gguf_file import file_rows, gguf_names, in_file_order, open_gguf, stored_less
-from .fetch import DEFAULT_MODEL
 from .loading import load_model
+from .saving import header_of_base
 from .choices import Stops, check_export_kind
 from .sampling import default_stop_ids
 from .generation import generate
@@ -219,20 +218,6 @@ def _note(cfg):
     return (f'llama.cpp knows no window for {arch}: rows of more than {cfg.window} ids are computed '
             'otherwise there')
 
-# %% ../nbs/04r_proof.ipynb #052fc3dd
-_LICENCES = {DEFAULT_MODEL: 'apache-2.0'} # which are known without a look
-
-def _licence_of(source):
-    "The licence that a model's folder or GGUF file tells, or None"
-    path = Path(source)
-    if source in _LICENCES: return _LICENCES[source]
-    if path.suffix=='.gguf' and path.is_file(): return open_gguf(path)[0]('general.license')
-    card = path/'README.md'
-    text = card.read_text(errors='replace') if card.is_file() else ''
-    head = re.match(r'---\n(.*?)\n---\s', text, re.S)
-    said = re.search(r'^license: *([\w.-]+) *$', head[1], re.M) if head else None
-    return said[1] if said else None
-
 # %% ../nbs/04r_proof.ipynb #de06c2b8
 def _about(loaded):
     "What a saved model says of its origin; without a licence of its own it has that of its base"
@@ -240,8 +225,9 @@ def _about(loaded):
     path = folder/'sft_nb.json'
     saved = load_json(path) if path.is_file() else {}
     told = {k: saved.get(k) for k in ('base', 'data', 'license')}
-    sources = [str(s) for s in (loaded.source, told['base']) if s]
-    told['license'] = told['license'] or next(filter(None, map(_licence_of, sources)), None)
+    sources = [str(s) for s in (loaded.source, saved.get('under'), told['base']) if s]
+    known = [header_of_base(source).get('license') for source in sources]
+    told['license'] = told['license'] or next((k for k in known if isinstance(k, str)), None)
     return told | {'name': folder.resolve().name if folder.exists() else loaded.source}
 
 # %% ../nbs/04r_proof.ipynb #c6e75211

@@ -189,12 +189,15 @@ def set_start(
         single=[*front, '$A'], pair=[*front, '$A', *front, '$B:1'], special_tokens=ids)
 
 # %% ../nbs/01b_tokenizer.ipynb #6e559b07
-def _content_encoder(settings, control):
-    "A `tokenizers.Tokenizer` of these `settings` that reads the `control` tokens as ordinary text"
-    added = [a | {'special': a['content'] in control} for a in settings['added_tokens']]
-    tok = tokenizers.Tokenizer.from_str(json.dumps(settings | {'added_tokens': added}))
-    tok.encode_special_tokens = True
-    return tok
+def _content_encoder(tok, control):
+    "A `tokenizers.Tokenizer` with the vocabulary of `tok` that reads the `control` tokens as ordinary text"
+    blind = tokenizers.Tokenizer(tok.model) # which the two hold together
+    for part in ('normalizer', 'pre_tokenizer'): setattr(blind, part, getattr(tok, part))
+    added = [token for _, token in sorted(tok.get_added_tokens_decoder().items())]
+    for token in added: token.special = token.content in control
+    blind.add_tokens(added)
+    blind.encode_special_tokens = True
+    return blind
 
 # %% ../nbs/01b_tokenizer.ipynb #a7bf1ba4
 def _control_tokens(settings, content_tokens):
@@ -210,7 +213,6 @@ def _unknown_id(model):
 
 # %% ../nbs/01b_tokenizer.ipynb #b3cb246d
 _END_TOKENS = [END_OF_TEXT, '</s>', '<|end_of_text|>', '<eos>', '<|im_end|>', '<|eot_id|>', '<|end|>']
-
 
 def _find_end(tok, name, eos):
     "The end token of `tok`, `eos` if that is given; raising `InputError` when there is none"
@@ -233,7 +235,7 @@ class _JsonCodec(Tokenizer):
         eos_id, pad_id = [tok.token_to_id(t) for t in (self.eos, pad or self.eos)]
         control = _control_tokens(settings, content_tokens) | {self.eos: eos_id}
         super().__init__(name, tok.get_vocab_size(with_added_tokens=True), control, eos_id, pad_id)
-        self.content = _content_encoder(settings, control)
+        self.content = _content_encoder(self.tok, control)
         self.start = _start_of(self.tok)
         self.forbidden = self.control_ids - ({_unknown_id(settings['model'])} - {eos_id})
 
@@ -406,7 +408,6 @@ def _read_tokenizer(path):
 # %% ../nbs/01b_tokenizer.ipynb #e58bd8dd
 _SETTINGS = 'padding_side', 'truncation_side', 'model_max_length', 'extra_special_tokens' # kept for others
 
-
 def tokenizer_from_file(
     path:str|Path, # A `tokenizer.json`, or a model folder with one or with `vocab.json` and `merges.txt`
     content_tokens:tuple=(), # Added tokens that content may use, such as '<think>'
@@ -422,9 +423,8 @@ def tokenizer_from_file(
     named = {key: config[key] for key in _SETTINGS if key in config} | named_tokens(config)
     if 'pad_token' in named and tok.token_to_id(named['pad_token']) is None:
         del named['pad_token'] # padding is never trained: the end token will do
-    eos = eos or named.get('eos_token')
-    pad = pad or named.get('pad_token')
-    return JsonTokenizer(tok, name or folder.resolve().name, eos, pad, content_tokens, config=named)
+    return JsonTokenizer(tok, name or folder.resolve().name, eos or named.get('eos_token'),
+                         pad or named.get('pad_token'), content_tokens, config=named)
 
 # %% ../nbs/01b_tokenizer.ipynb #68343663
 def as_tokenizer(

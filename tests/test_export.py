@@ -105,10 +105,10 @@ def test_the_file_tells_its_origin(tmp_path):
     assert (read_gguf(tmp_path/'m.gguf').tokenizer.encode('It is 7.'))==toy_tokenizer().encode('It is 7.')
 
 
-def run(*words, limit=None):
+def run(*words, limit=None, seconds=300):
     code = 'import resource, sys\n' + (f'resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n' if limit else '')
     code += f'from sft_nb.cli import main\nsys.exit(main({list(map(str, words))!r}))'
-    return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=300, env=os.environ | {'PYTHONPATH': str(ROOT)})
+    return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=seconds, env=os.environ | {'PYTHONPATH': str(ROOT)})
 
 
 def test_bad_input_ends_in_one_line(tmp_path):
@@ -273,3 +273,83 @@ def test_llama_cpp_lays_an_adapter_over_its_base(tmp_path):
 
     wanted = answer('merged')
     assert answer('base', tmp_path/'thin.gguf')==wanted and answer('base')!=wanted
+
+
+LLAMA_ANSWERS = '''
+import json, sys
+from llama_cpp import Llama
+file, asked, to, n_new = sys.argv[1:]
+model, told = Llama(file, n_ctx=768, n_threads=1, verbose=False), []
+for text, stops in json.load(open(asked)):
+    ids, new = model.tokenize(text.encode(), add_bos=False, special=True), []
+    model.reset()
+    for i in model.generate(ids, temp=0., top_k=1, repeat_penalty=1.):
+        new.append(i)
+        if len(new)==int(n_new) or i in stops: break
+    told.append([ids, new])
+json.dump(told, open(to, 'w'))
+'''
+
+
+def gap_where_they_part(model, prompt, ours, theirs):
+    "How far the two best logits of our model are apart where another answer leaves ours, in parts of the larger, and whether it took one of the two"
+    at = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a!=b), None)
+    assert at is not None, f'one answer ends where the other goes on: {ours}, {theirs}'
+    with torch.no_grad(): best = model(torch.tensor([prompt + ours[:at]]))[0,-1].topk(2)
+    (first, second), ids = best.values.tolist(), best.indices.tolist()
+    return (first - second)/abs(first), set(ids)=={ours[at], theirs[at]}
+
+
+@pytest.mark.slow
+def test_a_tuned_model_answers_the_same_everywhere(tmp_path):
+    """The default model, tuned by `sft_nb run --export f16`: 50 prompts have the same ids, and their greedy answers are ours in transformers and in llama.cpp.
+    llama.cpp rounds inputs and its cache to 11 binary digits: in at most two rows may it take the second of two logits that are closer than that"""
+    from sft_nb.choices import Stops
+    from sft_nb.generation import generate
+    from sft_nb.readers import default_data_file, load_records
+    from sft_nb.rows import encode_prompt
+    from sft_nb.sampling import default_stop_ids
+    from sft_nb.split import split_records
+    python = os.environ.get('SFT_NB_LLAMA_PYTHON', sys.executable)
+    if subprocess.run([python, '-c', 'import llama_cpp'], capture_output=True).returncode:
+        pytest.skip('llama-cpp-python is not installed; set SFT_NB_LLAMA_PYTHON to a python that has it')
+    n_new, out = 32, tmp_path/'tuned'
+    done = run('run', '--steps', 6, '--max-new', 4, '--out', out, '--export', 'f16', seconds=3000)
+    assert done.returncode==0, done.stderr
+    file = out/'model-f16.gguf'
+    got, saved = load_model(file), load_model(out/'model')
+    weights = [(a - b).abs().max().item() for a, b in zip(saved.model.parameters(), load_model().model.parameters())]
+    assert max(weights) > 1e-5                             # it is a tuned one
+    prompts = [list(encode_prompt(r, saved.template, got.tokenizer)) for r in split_records(load_records(default_data_file())).test[:50]]
+    stops = set(default_stop_ids(got.model, got.tokenizer, saved.template))
+    ours = [list(a.ids) for a in generate(got.model.eval(), got.tokenizer, prompts, until=Stops(n_new, ids=tuple(stops)))]
+    ours = [a[:-1] if a and a[-1] in stops else a for a in ours]
+    assert sum(map(len, ours)) > 200
+
+    def parted(theirs, bound):
+        "Rows that part, each at a near tie"
+        rows = [(p, a, b) for p, a, b in zip(prompts, ours, theirs, strict=True) if a!=b]
+        for p, a, b in rows:
+            gap, is_second = gap_where_they_part(got.model, p, [*a, saved.tokenizer.eos_id], [*b, saved.tokenizer.eos_id])
+            print(f'parted: the best two logits differ by {gap:.2g} of the larger')
+            assert is_second and gap <= bound, (gap, a, b)
+        return len(rows)
+
+    texts = [got.tokenizer.decode(p) for p in prompts]
+    (tmp_path/'asked.json').write_text(json.dumps([[text, sorted(stops)] for text in texts]))
+    subprocess.run([python, '-c', LLAMA_ANSWERS, file, tmp_path/'asked.json', tmp_path/'told.json', str(n_new)], check=True, timeout=3000,
+                   env={k: v for k, v in os.environ.items() if k!='PYTHONPATH'})
+    told = json.loads((tmp_path/'told.json').read_text())
+    assert [ids for ids, _ in told]==prompts
+    def ended(answer): return answer[:-1] if answer and answer[-1] in stops else answer
+    assert parted([ended(new) for _, new in told], 2**-10) <= 2
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out, gguf_file=file.name, dtype=torch.float32).eval()
+    reader = transformers.AutoTokenizer.from_pretrained(out/'model')
+    assert [reader(text, add_special_tokens=False).input_ids for text in texts]==prompts
+    said = []
+    for prompt in prompts:
+        ids = theirs.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), max_new_tokens=n_new, do_sample=False,
+                              eos_token_id=sorted(stops), pad_token_id=saved.tokenizer.eos_id)
+        said.append(ended(ids[0,len(prompt):].tolist()))
+    assert parted(said, 2**-20) <= 1                       # both compute in 32 bits

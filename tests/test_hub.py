@@ -14,6 +14,7 @@ import transformers
 from toy_hub import toy_hub
 
 from sft_nb.fetch import HUB_NAMES
+from sft_nb.gguf_file import open_gguf
 from sft_nb.gpt2 import GPT2_FILES
 from sft_nb.loading import load_model
 
@@ -45,6 +46,7 @@ def repo(tmp_path_factory):
     (folder/'generation_config.json').write_text(json.dumps(dict(bos_token_id=50256, eos_token_id=50256, transformers_version='4.26.0.dev0', _from_model_config=True)))
     (folder/'vocab.json').write_bytes((GPT2_FILES/'encoder.json').read_bytes())
     (folder/'merges.txt').write_bytes((GPT2_FILES/'vocab.bpe').read_bytes())
+    (folder/'README.md').write_text('---\nlanguage: en\nlicense: mit\n---\n# GPT-2\n')
     with open(folder/'pytorch_model.bin', 'wb') as f: pickle.dump(Bomb(), f)
     (folder/'modeling_gpt2.py').write_text('raise SystemExit')
     with pytest.raises(SystemExit, match=BOMB_WENT_OFF): pickle.loads((folder/'pytorch_model.bin').read_bytes())
@@ -120,12 +122,15 @@ def test_run_gpt2_by_its_name(repo, tmp_path):
     rows = [dict(instruction=f'Add {i} and {i+1}.', input='', output=f'{2*i+1}') for i in range(40)]
     (tmp_path/'toy.json').write_text(json.dumps(rows))
     with toy_hub({'openai-community/gpt2': folder}, tmp_path/'hf') as (env, asked):
-        done = run(['-m', 'sft_nb.cli', 'run', '--model', 'gpt2', '--data', 'toy.json', '--dtype', 'float32', '--max-new', '4', '--lr', '3e-3'], tmp_path, env)
+        done = run(['-m', 'sft_nb.cli', 'run', '--model', 'gpt2', '--data', 'toy.json', '--dtype', 'float32', '--max-new', '4', '--lr', '3e-3', '--export', 'f16'], tmp_path, env)
     assert done.returncode == 0, done.stderr[-3000:]
     assert not unwanted(asked) and 'openai-community/gpt2' in done.stdout
     out = tmp_path/'runs/default'
     meta = json.loads((out/'model/sft_nb.json').read_text())
     assert meta['base'] == 'openai-community/gpt2' and meta['validation_loss'][1] < meta['validation_loss'][0]
+    get, _ = open_gguf(out/'model-f16.gguf')                      # the licence of the base goes wherever the model goes
+    assert meta['license'] == get('general.license') == 'mit' and '\nlicense: mit\n' in (out/'model/README.md').read_text()
+    assert get('general.base_model.0.repo_url') == 'https://huggingface.co/openai-community/gpt2'
     answers = json.loads((out/'responses.json').read_text())
     assert len(answers) == 4 and all(isinstance(r['model_response'], str) for r in answers) and (out/'report.html').is_file()
     assert transformers.AutoModelForCausalLM.from_pretrained(out/'model').config.model_type == 'gpt2'
