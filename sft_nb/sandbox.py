@@ -195,6 +195,7 @@ class _Wrap(NodeTransformer):
         while isinstance(left, nodes.Add): # a long sum is one call, not one a sign
             parts.append(self.visit(left.right))
             left = left.left
+        if len(parts)>1000: raise jinja2.TemplateSyntaxError('a sum of more than 1,000 values', node.lineno)
         return self.paid(node, '!added', self.visit(left), *reversed(parts))
 
     def visit_List(self, node):
