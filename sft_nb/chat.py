@@ -34,7 +34,10 @@ class ChatTemplate(Template):
     @cached_property
     def stop(self)->str|None: # None if the template prints none
         "The text that ends an answer"
-        return self.stop_text or _find_stop(self)
+        return self.stop_text or _find_end(self)[1]
+
+    @cached_property
+    def _closing(self): return '' if self.stop_text else _find_end(self)[0]
 
     @cached_property
     def _variables(self): return _variables(self)
@@ -95,20 +98,20 @@ def _unused_text(texts):
     return sentinel
 
 # %% ../nbs/01a_chat.ipynb #974876d3
-def _find_stop(template):
-    "The text that `template` ends an answer with, or None"
+def _find_end(template):
+    "What `template` prints between an answer's words and its stop, and the stop; None if it has none"
     sentinel = _unused_text([template.jinja])
     turns = Message('user', 'Hi'), Message('assistant', sentinel)
     text = None
     for tools in None, []: # some go through the tools without asking whether there are any
         try: text = text or template.render(turns, 'probe', tools=tools)
         except InputError: continue
-    if text is None: return None
-    after = text.split(sentinel)[-1].lstrip()
+    after = '' if text is None else text.split(sentinel)[-1].lstrip()
+    run = re.match(r'\S*', after)[0]
     eos = dict(template.special).get('eos_token')
-    if eos and after.startswith(eos): return eos
+    if eos and eos in run: return run[:run.index(eos)], eos
     marker = re.match(r'<[^<>\s]+>|\[[^\[\]\s]+\]', after)
-    return marker[0] if marker else None
+    return '', marker[0] if marker else None
 
 # %% ../nbs/01a_chat.ipynb #b02889fd
 class _Printed(NamedTuple):
@@ -151,7 +154,7 @@ def _spoken(printed, turn, start, span):
     begin, end = span
     stop = printed.template.stop or ''
     at = text.find(stop, end)
-    if at<0 or text[end:at].strip(): # no stop there, or not right after the words
+    if at<0 or text[end:at].strip() not in ('', printed.template._closing): # none, or not after the words
         at = end
         stop = ''
     learn = printed.messages[turn].learn is not False
