@@ -352,7 +352,7 @@ def _end_of_call(template, record, i, text, end):
     mark = _LAST_MARK.search(text, end, last)
     return mark and mark.span()
 
-# %% ../nbs/00g_marks.ipynb #61c462f7
+# %% ../nbs/00g_marks.ipynb #897a05c7
 def _goes_on(template, record, i, text, *, behind, limit):
     "Does answer `i`, whose stop ends at `behind`, say more after it, and stop again before `limit`?"
     if text.find(template.stop, behind, limit)<0: return False
