@@ -372,6 +372,8 @@ BUGS = [
     bug('proof-keeps-bad-file', 'proof', '    to.unlink(missing_ok=True)\n    found', '    found', 'an export that is wrong is left there'),
     bug('calls-arguments-ignored', 'call_scores', "return call['name'], _canonical(call['arguments'])", "return call['name'], ()", 'calls with wrong arguments count as exact'),
     bug('true-is-one', 'call_scores', "    if isinstance(value, bool) or value is None: return 'word', str(value)\n", '', 'true counts as 1'),
+    bug('texts-of-invoke', 'said', "if is_text=='true'}", "if is_text=='false'}", 'a text of digits becomes a number'),
+    bug('bare-keys-in-texts', 'said', 'for part in parts[::2]]', 'for part in parts]', 'words in a text are quoted as keys'),
     bug('opened-thought-said', 'said', "    if opened: return text.strip('\\n'), ''\n", '', 'a thought that never ends is an answer'),
     bug('arguments-as-text', 'said', 'if isinstance(arguments, str) and arguments: arguments = _json(arguments)', 'if isinstance(arguments, str) and not arguments: arguments = _json(arguments)', 'arguments in a text are not read'),
     bug('mark-contradicts', 'calls', 'if len(said)<2: return said.pop() if said else None', 'if said: return said.pop()\n    return None', 'of two marks one is taken by chance'),
