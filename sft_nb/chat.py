@@ -20,6 +20,11 @@ from .thoughts import (
 from .templates import Segment, Template, tidy_segments
 from .sandbox import compile_jinja, render_jinja
 
+# %% ../nbs/01a_chat.ipynb #444c1303
+def _closing_of(template):
+    "What a template prints between the words of an answer and its stop, white space aside"
+    return '' if template.stop_text else _find_end(template)[0]
+
 # %% ../nbs/01a_chat.ipynb #aea43697
 @dataclass(frozen=True)
 class ChatTemplate(Template):
@@ -36,8 +41,7 @@ class ChatTemplate(Template):
         "The text that ends an answer"
         return self.stop_text or _find_end(self)[1]
 
-    @cached_property
-    def _closing(self): return '' if self.stop_text else _find_end(self)[0]
+    _closing = cached_property(_closing_of)
 
     @cached_property
     def _variables(self): return _variables(self)
@@ -52,8 +56,7 @@ class ChatTemplate(Template):
         "Everything that decides what is printed; tokens that the source never names do not"
         used = {k: v for k, v in self.special if k in self.jinja}
         date = self.date if 'strftime_now' in self.jinja else ''
-        mode = thinking_words(self.jinja, self.thinking)
-        return ['chat', self.jinja, used, self.stop, date, *mode]
+        return ['chat', self.jinja, used, self.stop, date, *thinking_words(self.jinja, self.thinking)]
 
     def render(self, messages:Sequence[Message], where:str, *, ask:bool=False, tools:Any=None)->str: # Text
         "The text of `messages`, with the beginning of an answer after it if `ask`"
