@@ -7,11 +7,11 @@ __all__ = ['LEARN_KEYS', 'THOUGHT_KEYS', 'TURN_KEYS', 'THOUGHT_MARKS', 'parsed_f
            'wrapped_calls', 'read_mark', 'read_more', 'read_tools', 'read_system', 'read_history', 'check_calls']
 
 # %% ../nbs/00_calls.ipynb #b70e4cb4
-import json
+import json, re
 from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any
-from .basics import InputError, shorten
+from .basics import InputError, parse_json, shorten
 
 # %% ../nbs/00_calls.ipynb #263e57a9
 def parsed_field(
@@ -21,9 +21,11 @@ def parsed_field(
 )->Any: # What the JSON says
     "The object that `value` is or says: `parsed_field('{\"town\": \"Ulm\"}', 'arguments', 'x')`"
     if isinstance(value, str):
-        try: value = json.loads(value)
+        text = value
+        try: json.loads(text)
         except (ValueError, RecursionError) as e:
             raise InputError(f'{where}: {name!r} is no JSON ({e}), got {shorten(value)}; mend it') from None
+        value, _ = parse_json(text.strip(), f'{where}: {name!r}') # which Python's reader mends in silence
     try: json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise InputError(f'{where}: {name!r} holds half a surrogate pair, got {shorten(value)}; '
@@ -213,11 +215,28 @@ def _check_results(calls, results, where):
                          "add it as a turn of role 'tool', or drop the record")
     asked = {call.get('id'): name for call, name in zip(calls, names)}
     told = {(m.more or {}).get('tool_call_id') for m in results}
-    if None in asked or None in told: return
+    are_named = None not in asked and None not in told
     lost = [asked[i] for i in asked if i not in told]
-    if lost: raise InputError(f'{where}: the call of {lost[0]!r} has no result of its tool_call_id; add it')
     free = told-asked.keys()
-    if free: raise InputError(f'{where}: a result names call {min(free)!r}, which nobody made; mend its id')
+    if are_named and lost:
+        raise InputError(f'{where}: the call of {lost[0]!r} has no result of its tool_call_id; add it')
+    if are_named and free:
+        raise InputError(f'{where}: a result names call {min(free)!r}, which nobody made; mend its id')
+    if len(results)>len(calls):
+        raise InputError(f'{where}: has {len(calls)} calls and {len(results)} results; '
+                         'add the call of each, or drop the record')
+
+# %% ../nbs/00_calls.ipynb #0d5d1ef7
+_MAY_CALL = re.compile(r'[{<\[(]|tool|call|function|action', re.I)
+
+
+def _check_asked(messages, i, where):
+    "Raise `InputError` if turn `i`, the result of a tool, follows no call"
+    before = messages[i-1] if i else None
+    if before and before.role=='tool': return
+    if before and before.role=='assistant' and (_calls_of(before) or _MAY_CALL.search(before.content)): return
+    raise InputError(f"{where}: the result of a tool follows no call; put the call in front of it, as "
+                     "'tool_calls' or in the assistant's words, or drop the record")
 
 # %% ../nbs/00_calls.ipynb #42760e0b
 THOUGHT_MARKS = {'<think>': '</think>', '[THINK]': '[/THINK]', '<|START_THINKING|>': '<|END_THINKING|>'}
@@ -236,9 +255,10 @@ def check_calls(
     messages:Sequence, # The turns of a record
     where:str, # Address for messages
 )->None:
-    "Raise `InputError` for a call without its result and for a thought that never ends"
+    "Raise `InputError` for a call without its result, the reverse, and a thought that never ends"
     calls:list = [] # of neighbouring turns: some files write two calls at once as two turns
     for i, message in enumerate(messages):
+        if message.role=='tool': _check_asked(messages, i, f'{where} turn {i}')
         if message.role!='assistant': continue
         _check_thought(message, f'{where} turn {i}')
         if not message.more: continue

@@ -20,6 +20,11 @@ from .thoughts import (
 from .templates import Segment, Template, tidy_segments
 from .sandbox import compile_jinja, render_jinja
 
+# %% ../nbs/01a_chat.ipynb #444c1303
+def _closing_of(template):
+    "What a template prints between the words of an answer and its stop, white space aside"
+    return '' if template.stop_text else _find_end(template)[0]
+
 # %% ../nbs/01a_chat.ipynb #aea43697
 @dataclass(frozen=True)
 class ChatTemplate(Template):
@@ -34,7 +39,9 @@ class ChatTemplate(Template):
     @cached_property
     def stop(self)->str|None: # None if the template prints none
         "The text that ends an answer"
-        return self.stop_text or _find_stop(self)
+        return self.stop_text or _find_end(self)[1]
+
+    _closing = cached_property(_closing_of)
 
     @cached_property
     def _variables(self): return _variables(self)
@@ -49,8 +56,7 @@ class ChatTemplate(Template):
         "Everything that decides what is printed; tokens that the source never names do not"
         used = {k: v for k, v in self.special if k in self.jinja}
         date = self.date if 'strftime_now' in self.jinja else ''
-        mode = thinking_words(self.jinja, self.thinking)
-        return ['chat', self.jinja, used, self.stop, date, *mode]
+        return ['chat', self.jinja, used, self.stop, date, *thinking_words(self.jinja, self.thinking)]
 
     def render(self, messages:Sequence[Message], where:str, *, ask:bool=False, tools:Any=None)->str: # Text
         "The text of `messages`, with the beginning of an answer after it if `ask`"
@@ -95,20 +101,20 @@ def _unused_text(texts):
     return sentinel
 
 # %% ../nbs/01a_chat.ipynb #974876d3
-def _find_stop(template):
-    "The text that `template` ends an answer with, or None"
+def _find_end(template):
+    "What `template` prints between an answer's words and its stop, and the stop; None if it has none"
     sentinel = _unused_text([template.jinja])
     turns = Message('user', 'Hi'), Message('assistant', sentinel)
     text = None
     for tools in None, []: # some go through the tools without asking whether there are any
         try: text = text or template.render(turns, 'probe', tools=tools)
         except InputError: continue
-    if text is None: return None
-    after = text.split(sentinel)[-1].lstrip()
+    after = '' if text is None else text.split(sentinel)[-1].lstrip()
+    run = re.match(r'\S*', after)[0]
     eos = dict(template.special).get('eos_token')
-    if eos and after.startswith(eos): return eos
+    if eos and eos in run: return run[:run.index(eos)], eos
     marker = re.match(r'<[^<>\s]+>|\[[^\[\]\s]+\]', after)
-    return marker[0] if marker else None
+    return '', marker[0] if marker else None
 
 # %% ../nbs/01a_chat.ipynb #b02889fd
 class _Printed(NamedTuple):
@@ -151,7 +157,7 @@ def _spoken(printed, turn, start, span):
     begin, end = span
     stop = printed.template.stop or ''
     at = text.find(stop, end)
-    if at<0 or text[end:at].strip(): # no stop there, or not right after the words
+    if at<0 or text[end:at].strip() not in ('', printed.template._closing): # none, or not after the words
         at = end
         stop = ''
     learn = printed.messages[turn].learn is not False

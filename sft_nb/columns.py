@@ -164,6 +164,10 @@ class FieldBook:
     hints:dict = field(default_factory=dict) # Key -> the name that it almost is
     names:set = field(default_factory=set) # Every key that was seen
 
+    def __post_init__(self):
+        both = sorted(set(self.carry) & set(self.ignore))
+        if both: raise InputError(f'fields: {both[0]!r} is to be carried and to be ignored; choose one')
+
     def facts(self)->dict: # Plain values
         "The balance, for a receipt"
         return _field_facts(self)

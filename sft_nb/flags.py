@@ -75,6 +75,15 @@ def _pair(kind, text):
     wanted = 'A=B' if kind is str else 'A=B with a number for B'
     raise argparse.ArgumentTypeError(f'write {wanted}, got {text!r}')
 
+# %% ../nbs/06q_flags.ipynb #fc5c888d
+class _Pairs(argparse.Action):
+    "Collects pairs, each A once"
+    def __call__(self, parser, namespace, values, option_string=None):
+        given = getattr(namespace, self.dest, [])
+        name, _ = values
+        if name in dict(given): raise argparse.ArgumentError(self, f'{name!r} is given twice; keep one')
+        setattr(namespace, self.dest, [*given, values])
+
 # %% ../nbs/06q_flags.ipynb #dfd23383
 def _typed(option):
     "What argparse is told of the values of an option"
@@ -85,7 +94,7 @@ def _typed(option):
         return {'metavar': f'{_SHOWN.get(kind, "NAME")},...', 'type': partial(_listed, kind)}
     if option.kind is dict:
         kind = float if option.name=='span_weights' else str
-        return how | {'action': 'append', 'type': partial(_pair, kind)}
+        return how | {'action': _Pairs, 'type': partial(_pair, kind)}
     if option.kind is tuple: return how | {'action': 'append'}
     return how | {'type': option.kind}
 

@@ -352,6 +352,14 @@ def _end_of_call(template, record, i, text, end):
     mark = _LAST_MARK.search(text, end, last)
     return mark and mark.span()
 
+# %% ../nbs/00g_marks.ipynb #897a05c7
+def _goes_on(template, record, i, text, *, behind, limit):
+    "Does answer `i`, whose stop ends at `behind`, say more after it, and stop again before `limit`?"
+    if text.find(template.stop, behind, limit)<0: return False
+    try: whole = template.render(record.messages[:i+1], record.where, tools=record.tools)
+    except InputError: return False
+    return text.startswith(whole) and template.stop in whole[behind:]
+
 # %% ../nbs/00g_marks.ipynb #c2790b8d
 def answer_bounds(
     template:Any, # As for `read_places`
@@ -365,10 +373,17 @@ def answer_bounds(
     start = _start_of_answer(template, record, i, text, own[0][0] if own else None)
     end = own[-1][1] if own else start
     others = [begin for begin, _, leaf in places if begin>=end and leaf.turn!=i]
-    at = text.find(template.stop, end, min(others, default=len(text))) if template.stop else -1
+    limit = min(others, default=len(text))
+    at = text.find(template.stop, end, limit) if template.stop else -1
     calls = 'tool_calls' in (record.messages[i].more or {})
     is_bare = calls or not own # then the template's own words may stand in front of the stop
-    if at>=0 and (is_bare or not text[end:at].strip()): return Bounds(start, at, at+len(template.stop))
+    closing = getattr(template, '_closing', '') # what ends a part of it
+    if at>=0 and (is_bare or text[end:at].strip() in ('', closing)):
+        behind = at+len(template.stop)
+        is_last = not (calls and _goes_on(template, record, i, text, behind=behind, limit=limit))
+        if is_last: return Bounds(start, at, behind)
+        raise InputError(f'{record.where} turn {i}: template {template.name!r} prints a call after '
+                         f'{template.stop!r}, where the model would stop; use another template')
     if not calls: return Bounds(start, end, end)
     found = _end_of_call(template, record, i, text, end)
     if found:

@@ -59,7 +59,7 @@ def plain_call(
     "A call without its frame: `plain_call({'function': {'name': 'now', 'arguments': '{}'}})`"
     if isinstance(call, str): return {'text': call}
     inner = call.get('function', call) if isinstance(call, dict) else call
-    name = inner.get('name') if isinstance(inner, dict) else None
+    name = inner.get('name', inner.get('tool_name')) if isinstance(inner, dict) else None
     if not isinstance(name, str): return {'text': json.dumps(call, ensure_ascii=False)}
     arguments = inner.get('arguments', inner.get('parameters'))
     if isinstance(arguments, str) and arguments: arguments = _json(arguments)
@@ -141,6 +141,30 @@ def _by_list(match, tools): return _listed(match[1])
 # %% ../nbs/00j_said.ipynb #c6871c5e
 def _by_name(match, tools): return [_named_call(match[1], match[2])]
 
+# %% ../nbs/00j_said.ipynb #7b6d6d01
+_INVOKED = re.compile(
+    r'<(?:｜DSML｜)?parameter name="([^"]+)"'
+    r'(?: string="(true|false)")?>'
+    r'(.*?)</(?:｜DSML｜)?parameter>', re.S)
+
+
+def _by_invoke(match, tools):
+    "The call of a match whose parameters stand in tags"
+    told = _INVOKED.findall(match[2])
+    call = _tagged_call(match[1], [(key, text) for key, _, text in told], tools)
+    texts = {key: text for key, is_text, text in told if is_text=='true'}
+    call['arguments'] |= texts
+    return [call]
+
+# %% ../nbs/00j_said.ipynb #4ee404ce
+def _by_bare_keys(match, tools):
+    "The call of a match whose object has bare keys"
+    parts = match[2].split('<|"|>')
+    between = [re.sub(r'([{,]\s*)([\w.-]+)\s*:', r'\1"\2":', part) for part in parts[::2]]
+    texts = [json.dumps(part) for part in parts[1::2]]
+    joined = [piece for pair in zip(between, [*texts, '']) for piece in pair]
+    return [_named_call(match[1], ''.join(joined))]
+
 # %% ../nbs/00j_said.ipynb #63441220
 _MISTRAL = re.compile(
     r'\[TOOL_CALLS\]\s*([\w.-]+)'
@@ -158,8 +182,16 @@ _KIMI = re.compile(
     r'([\w.-]+?)(?::\d+)?\s*'
     r'<\|tool_call_argument_begin\|>'
     r'(.*?)(?:<\|tool_call_end\|>|$)', re.S)
+_SOLAR = re.compile(
+    r'<\|tool_call:begin\|>.*?'
+    r'<\|tool_call:name\|>([\w.-]+)'
+    r'<\|tool_call:args\|>'
+    r'(.*?)(?:<\|tool_call:end\|>|$)', re.S)
 _KINDS = [ # a pattern, and what makes calls of its match
     (_between('<tool_call>', '</tool_call>'), _by_marks),
+    (_between('<seed:tool_call>', '</seed:tool_call>'), _by_marks),
+    (_between('<tool_calls>', '</tool_calls>'), _by_list),
+    (_between('<|START_ACTION|>', '<|END_ACTION|>'), _by_list),
     (_between('<TOOLCALL>', '</TOOLCALL>'), _by_list),
     (_between('<|tool_call|>', '<|/tool_call|>'), _by_list),
     (_MISTRAL, _by_name),
@@ -168,8 +200,16 @@ _KINDS = [ # a pattern, and what makes calls of its match
     (_KIMI, _by_name),
     (re.compile(r'<function=([\w.-]+)>\s*(\{.*?\})\s*</function>', re.S), _by_name),
     (re.compile(r'<\|python_tag\|>(.*)', re.S), _by_list),
+    (_SOLAR, _by_name),
+    (re.compile(r'<(?:｜DSML｜)?invoke name="([^"]+)">(.*?)(?:</(?:｜DSML｜)?invoke>|$)', re.S), _by_invoke),
+    (re.compile(r'<\|tool_call>call:([\w.-]+)(\{.*?\})\s*(?:<tool_call\|>|$)', re.S), _by_bare_keys),
 ]
-_SECTIONS = '<｜tool▁calls▁(?:begin|end)｜>', r'<\|tool_calls_section_(?:begin|end)\|>'
+_SECTIONS = [
+    '<｜tool▁calls▁(?:begin|end)｜>',
+    r'<\|tool_calls_section_(?:begin|end)\|>',
+    r'</?minimax:tool_call>',
+    '</?｜DSML｜function_calls>',
+    r'<\|(?:tool_calls|calls)\|>']
 _AROUND = re.compile('|'.join(_SECTIONS))
 
 # %% ../nbs/00j_said.ipynb #e8d1a658

@@ -185,12 +185,25 @@ def talk(*turns): return {'messages': [{'role': 'user', 'content': 'Hi'}, *turns
 CALL = {'role': 'assistant', 'content': None, 'tool_calls': [{'id': 'c1', 'type': 'function', 'function': {'name': 'f', 'arguments': '{}'}}]}
 TOLD = {'role': 'tool', 'tool_call_id': 'c1', 'content': 'dry'}
 SAID = {'role': 'assistant', 'content': 'Dry.'}
+MARKED = {'role': 'assistant', 'content': '<tool_call>{"name": "f", "arguments": {}}</tool_call>'}
+
+
+def told(turn, **function):
+    "A turn whose call has other entries"
+    call = turn['tool_calls'][0]
+    return turn | {'tool_calls': [call | {'function': call['function'] | function}]}
 
 
 @pytest.mark.parametrize('raw, wanted', [
     (talk(CALL, SAID), "the call of 'f' has no result"), (talk(CALL, {'role': 'user', 'content': 'And?'}, SAID), "the call of 'f' has no result"),
     (talk(CALL, TOLD | {'tool_call_id': 'c2'}, SAID), "the call of 'f' has no result of its tool_call_id"),
     (talk(CALL, TOLD, TOLD | {'tool_call_id': 'c9'}, SAID), "names call 'c9', which nobody made"),
+    (talk(TOLD, SAID), 'the result of a tool follows no call'), ({'messages': [TOLD, {'role': 'user', 'content': 'And?'}, SAID]}, 'turn 0: the result of a tool follows no call'),
+    (talk(SAID, TOLD, SAID), 'turn 2: the result of a tool follows no call'), (talk(CALL, TOLD, TOLD, SAID), 'has 1 calls and 2 results'),
+    (talk(told(CALL, arguments='{"town": "Ulm", "town": "Bonn"}')), "'arguments': key 'town' appears twice in one object"),
+    (talk(told(CALL, arguments='{"days": NaN}')), "'arguments': 'NaN' is not a number"), (talk(told(CALL, arguments='{"days": 1e999}')), "is not a number that JSON can hold"),
+    ({'instruction': 'Hi', 'output': 'Yo', 'history': '[["a", "b"]'}, "'history' is no JSON"),
+    ({'conversations': [{'from': 'human', 'value': 'Hi'}, {'from': 'observation', 'value': 'dry'}, {'from': 'gpt', 'value': 'Dry.'}]}, 'follows no call'),
     (talk({'role': 'assistant', 'content': '<think>I wonder'}), 'the think block never closes'),
     (talk({'role': 'assistant', 'content': '\n<think>\nI wonder\nSunny.'}, {'role': 'user', 'content': 'And?'}, SAID), 'the think block never closes'),
     ({'instruction': 'Hi', 'output': '<think>I wonder'}, 'the think block never closes')])
@@ -199,6 +212,7 @@ def test_half_a_call_and_half_a_thought_are_refused(raw, wanted):
 
 
 @pytest.mark.parametrize('raw', [talk(CALL), talk(CALL, TOLD), talk(CALL, TOLD, SAID), talk(CALL, CALL, TOLD, SAID), talk(CALL, TOLD, CALL, TOLD, SAID),
+                                 talk(MARKED, {'role': 'tool', 'content': 'dry'}, SAID), talk({'role': 'assistant', 'content': 'Action: f'}, {'role': 'tool', 'content': 'dry'}, SAID),
                                  talk({'role': 'assistant', 'content': 'The mark <think> opens.'}), talk({'role': 'assistant', 'content': '<think></think>Dry.'})])
 def test_whole_calls_and_thoughts_are_read(raw): assert len(read_record(raw).messages) == len(raw['messages'])
 
@@ -299,8 +313,8 @@ def test_columns_are_named_on_the_command_line(home):
     assert done.returncode == 0, done.stderr
     assert b'fields found: 80 = 40 read + 20 carried + 20 reported' in done.stdout and b'fields ignored: laune (20)' in done.stdout
     assert [sorted(row) for row in map(json.loads, (home/'odd.jsonl').read_text().splitlines())] == [['id', 'instruction', 'model_response', 'output', 'quelle']]*20
-    for bad, wanted in (('frage', 'write A=B'), ('fraeg=instruction', "did you mean 'frage'")):
-        done = sft_nb('inspect', 'odd.csv', '--model', 'tiny', '--rename', bad, cwd=home)
+    for bad, wanted in (('frage', 'write A=B'), ('frage=instruction --rename frage=text', "argument --rename: 'frage' is given twice"), ('fraeg=instruction', "did you mean 'frage'")):
+        done = sft_nb('inspect', 'odd.csv', '--model', 'tiny', '--rename', *bad.split(), cwd=home)
         assert done.returncode == 2 and wanted.encode() in done.stderr and len(done.stderr.splitlines()) == 1
 
 

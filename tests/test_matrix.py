@@ -242,6 +242,9 @@ def test_templates_of_a_folder_print_what_transformers_prints_or_refuse_or_say_s
             assert prompt.text == asked and rendered.text.startswith(asked), place
             is_said = any(s.unlike for s in rendered.segments)
             assert is_said != (rendered.text == whole), place
+            learned = ''.join(s.text for s in rendered.segments if s.learn and s.turn == len(messages) - 1)
+            last = messages[-1]
+            assert learned.count('weather') >= len(last.get('tool_calls', ())) and (last.get('content') or '').split('>')[-1].strip() in learned, place
             seen['said' if is_said else 'same'] += 1
     assert seen['same'], seen
 
@@ -253,6 +256,19 @@ def test_calls_end_where_the_model_stops():
         record = read_record({'messages': turns})
         rendered = render_record(record, ChatTemplate(shape, SHAPES[shape], SPECIAL))
         assert [s.text for s in rendered.segments if s.stop and s.learn] == [stop], shape
+
+
+def test_an_answer_is_learned_to_its_end_or_refused():
+    "Some close a part before they end, which the name of the end token tells; where a call stands behind the stop nobody would ever ask for it"
+    parts = "{% for m in messages %}{{ '<' ~ m.role ~ '>' ~ (m.content or '') ~ '</part>' }}{% for c in m.tool_calls or [] %}{{ c.function|tojson ~ '</part>' }}{% endfor %}{{ eos_token }}{% endfor %}{{ '<assistant>' if add_generation_prompt }}"
+    user, calls = {'role': 'user', 'content': 'Weather?'}, {'role': 'assistant', 'content': 'Look.', 'tool_calls': [call({'town': 'Ulm'})]}
+    known, unknown = ChatTemplate('parts', parts, (('eos_token', '<end>'),)), ChatTemplate('parts', parts, (('eos_token', ''),))
+    for last in calls, {'role': 'assistant', 'content': 'Sunny.'}:
+        rendered = render_record(read_record({'messages': [user, last]}), known)
+        learned = ''.join(s.text for s in rendered.segments if s.learn)
+        assert learned == rendered.text.split('<assistant>')[1] and learned.endswith('</part><end>')
+    for turns in [user, calls], [user, calls, {'role': 'tool', 'content': 'dry'}, {'role': 'assistant', 'content': 'Dry.'}]:
+        with pytest.raises(InputError, match="turn 1: template 'parts' prints a call after '</part>', where the model would stop"): render_record(read_record({'messages': turns}), unknown)
 
 
 def test_a_question_that_opens_what_the_words_begin_with_is_not_printed_twice():

@@ -1,6 +1,8 @@
 """The ids of training are the ids of the whole text, as `tokenizers` reads it, whatever the template, the vocabulary and the words"""
 import json
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -8,10 +10,14 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from sft_nb.shelf import as_jinja, get_template
 from sft_nb import chat
+from sft_nb.basics import InputError
 from sft_nb.data import read_record
-from sft_nb.rows import LEARNED, STOP, encode_prompt, encode_rows
+from sft_nb.gguf_file import open_gguf
+from sft_nb.readers import load_records
+from sft_nb.rows import LEARNED, STOP, encode_prompt, encode_rows, missing_tokens
 from sft_nb.templates import TextTemplate, render_prompt, render_record
 from sft_nb.tokenizer import JsonTokenizer, get_gpt2_tokenizer, gpt2_as_json
+from sft_nb.vocabulary import gguf_tokenizer
 
 WORDS = ['Name a colour. Say it in one word.', 'The answer is Red. It is Blue.', 'user assistant system model', 'What is it? Tell me now.', 'USER: ### Response:\n\n',
          'It is done.\n\nNext.\n\n', 'Why?\n\nSo.\n\n', '[INST] it [/INST]']
@@ -161,3 +167,45 @@ def test_the_prompt_is_what_transformers_asks_with(kind, template, said):
     if len(turns) == 1: assert encode_prompt(record, template, tokenizer) == asked
     row = encode_rows([answered], template, tokenizer)[0]
     if not row.across: assert flat(row)[:len(asked)] == asked
+
+
+# real vocabularies, which are not in the repository: a folder of GGUF files, vocabularies alone or whole models
+
+VICUNA = """{{ 'A chat between a curious user and an assistant. ' }}{% for m in messages %}
+{{- 'USER: ' ~ m.content ~ ' ' if m.role == 'user' else 'ASSISTANT: ' ~ m.content ~ '</s>' }}{% endfor %}{{ 'ASSISTANT:' if add_generation_prompt }}"""
+FAMOUS = {'vicuna': lambda: chat.ChatTemplate('vicuna', VICUNA)} | {name: lambda name=name: get_template(name) for name in ('alpaca', 'llama2', 'mistral', 'zephyr', 'chatml')}
+FOLDER = os.environ.get('SFT_NB_VOCABULARIES', '')
+
+
+def space_first(tokenizer):
+    "The same vocabulary with a space in front of the first word only, as newer files of SentencePiece kinds have it; None where that means nothing"
+    parts = json.loads(tokenizer.tok.to_str())
+    if 'Prepend' not in json.dumps(parts['normalizer']): return None
+    parts |= {'normalizer': None, 'pre_tokenizer': {'type': 'Metaspace', 'replacement': '▁', 'prepend_scheme': 'first', 'split': False}}
+    return JsonTokenizer(Tokenizer.from_str(json.dumps(parts)), tokenizer.name, tokenizer.eos, config=tokenizer.config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('path', sorted(Path(FOLDER).glob('*.gguf')) if FOLDER else [None], ids=lambda p: p.stem if p else 'none')
+def test_our_set_in_real_vocabularies_is_its_whole_text(path):
+    "All 1,100 records under six famous wordings: equal to what `tokenizers` makes of the whole text, but for tokens across the border, which are named"
+    if path is None: pytest.skip('SFT_NB_VOCABULARIES names no folder of .gguf files')
+    get, _ = open_gguf(path)
+    try: real = gguf_tokenizer(get, path.stem)
+    except InputError as e: pytest.skip(str(e))
+    records = load_records(Path(__file__).parent.parent/'data/sft/train/instruction-data.json')
+    for own in filter(None, (real, space_first(real))):
+        for name, template in FAMOUS.items():
+            tokenizer = own.with_control_tokens(missing_tokens(template(), own))
+            rows = encode_rows(records, template(), tokenizer)
+            n_across = 0
+            for record, row in zip(records, rows):
+                whole = render_record(record, template())
+                start = tokenizer.start if whole.bare else ''
+                theirs = tokenizer.tok.encode(start + whole.text, add_special_tokens=False).ids + [tokenizer.eos_id]*(whole.segments[-1].text == '')
+                n_across += bool(row.across)
+                assert (flat(row) == theirs) != bool(row.across), (path.stem, name, record.where)
+            for record, row in zip(records[::50], rows[::50]):
+                prompt = encode_prompt(record, template(), tokenizer)
+                assert flat(row)[:len(prompt)] == prompt, (path.stem, name, record.where)
+            print(f'{path.stem:34} {name:8} {len(rows)-n_across:,} equal, {n_across} with a token across the border')
