@@ -364,7 +364,7 @@ def messages():
 
 
 def test_every_flag_that_a_message_names_is_there():
-    helps = ' '.join(sft_nb(command, '--help', cwd=ROOT).stdout.decode() for command in ('run', 'inspect', 'respond', 'judge', 'export', 'push', 'serve'))
+    helps = ' '.join(sft_nb(command, '--help', cwd=ROOT).stdout.decode() for command in ('run', 'inspect', 'respond', 'judge', 'export', 'push', 'serve', 'evaluate'))
     named = {(where, flag) for where, _, words in messages() for flag in re.findall(r'(?<![\w-])--[a-z][a-z-]*[a-z]', words)}
     assert len(named) > 20 and [pair for pair in sorted(named) if not re.search(rf'{pair[1]}(?![\w-])', helps)] == []
 
