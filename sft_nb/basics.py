@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 from types import UnionType
 from typing import Any
@@ -223,7 +224,8 @@ def read_text(
 )->str: # Its whole content
     "The text of a file, raising `FileNotFoundError` or `InputError` in one clear line"
     most = limit_bytes('VALUE')
-    with open_bytes(path) as file: data = file.read(most+1)
+    n_pieces = (most>>20)+1 # one by one: room for all is not taken at once
+    with open_bytes(path) as file: data = b''.join(islice(iter(lambda: file.read(1<<20), b''), n_pieces))
     if len(data)>most: raise too_long(str(path), 'VALUE')
     return decode_text(data, str(path))
 

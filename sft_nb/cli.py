@@ -7,7 +7,9 @@ __all__ = ['choose', 'job_config', 'main']
 
 # %% ../nbs/07a_cli.ipynb #83c9fdcd
 import argparse
+import errno
 import os
+import re
 import sys
 import signal
 from dataclasses import replace
@@ -415,6 +417,35 @@ def _end_quietly():
     "From here on Ctrl-C means nothing: the work is done, and Python is about to end"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
+# %% ../nbs/07a_cli.ipynb #192d7ab7
+def _is_memory(error):
+    "Has the memory run out, as Python or the allocator of torch says it?"
+    if isinstance(error, MemoryError) or getattr(error, 'errno', None)==errno.ENOMEM: return True
+    told = "(can't|cannot) allocate memory|(not enough|out of) memory|could not create a primitive" # oneDNN's
+    return isinstance(error, RuntimeError) and bool(re.search(told, str(error), re.I))
+
+# %% ../nbs/07a_cli.ipynb #5fc313fa
+def _goes_on(args):
+    "How a command goes on with what it has done"
+    runs = args.command in ('run', 'train') and not getattr(args, 'resume', False)
+    return f"the same command{' with --resume' if runs else ''} goes on"
+
+# %% ../nbs/07a_cli.ipynb #f0443713
+_FULL = errno.ENOSPC, getattr(errno, 'EDQUOT', errno.ENOSPC) # Windows has no quotas
+
+
+def _words_of(error, args):
+    "What went wrong in one line, and what to do where a disk takes no more"
+    number = getattr(error, 'errno', None)
+    if _is_memory(error):
+        return f'{args.command}: the memory is full; close other programs, then {_goes_on(args)}'
+    if number not in (*_FULL, errno.EROFS): return str(error)
+    runs = args.command in ('run', 'train')
+    place = (_run_folder(args) or JobConfig.out) if runs else getattr(args, 'out', None)
+    where = f'{place or error.filename or args.command}: {error.strerror}'
+    if number==errno.EROFS: return f'{where}; make it writable, or choose another place with --out'
+    return f'{where}; make room, then {_goes_on(args)}'
+
 # %% ../nbs/07a_cli.ipynb #ccd47638
 def main(
     argv:list|None = None, # Words after `sft_nb`; None: those of this process
@@ -429,9 +460,11 @@ def main(
         status = args.do(args) or 0
         if argv is None: _end_quietly()
         return status
-    except (InputError, OSError) as e: # OSError: no such file, no permission, disk full ...
-        if getattr(args, 'json', False): show_json(Stage('error', str(e), status=2))
-        print(f'sft_nb: {e}', file=sys.stderr)
+    except (InputError, OSError, MemoryError, RuntimeError) as e: # OSError: no such file, disk full ...
+        if isinstance(e, RuntimeError) and not _is_memory(e): raise
+        said = _words_of(e, args)
+        if getattr(args, 'json', False): show_json(Stage('error', said, status=2))
+        print(f'sft_nb: {said}', file=sys.stderr)
         return 2
     except KeyboardInterrupt as e: # `Stopped` of a run is one, too
         print(f"sft_nb: {str(e) or 'interrupted'}", file=sys.stderr)

@@ -6,13 +6,13 @@
 __all__ = ['Job', 'read_data', 'prepare', 'row_limit', 'encode_part', 'answer_part', 'Stopped', 'tune_job', 'run_job', 'plan_job']
 
 # %% ../nbs/07_job.ipynb #b89952dd
-import shutil, time
+import io, shutil, time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 import torch
-from .basics import InputError, differences, fingerprint, load_json, save_json
+from .basics import InputError, differences, fingerprint, load_json, save_json, write_atomic
 from .choices import JobConfig, Sampling, TrainConfig
 from .columns import FieldBook
 from .data import Record
@@ -312,7 +312,9 @@ def _train_job(
     log = load_log(out)
     job.loaded = load_model(kept_folder(cfg), weights='full' if cfg.merge else cfg.weights)
     job.loaded.model.to(choose_device(cfg.device))
-    plot_losses(log).savefig(out/'loss.png', dpi=100)
+    picture = io.BytesIO()
+    plot_losses(log).savefig(picture, dpi=100)
+    write_atomic(out/'loss.png', picture.getvalue())
     losses = {'loss_before': log.vals[0].loss, 'loss_after': _last_loss(log)}
     speed = log.seen_tokens/log.secs
     about = (f'{len(log.steps)} steps in {log.secs/60:.1f} minutes, {speed:,.0f} tokens/s ({log.dtype}); '

@@ -345,10 +345,11 @@ def answer_file(
     file_kind(path) # a name that cannot be written is refused before anything is answered
     named = _name_records(records)
     header = {'schema': 1, 'settings': json.loads(json.dumps(settings)), 'data': _data_fingerprint(named)}
-    if path.exists(): return _finished(path, header)
     part = _beside(path, 'partial.jsonl')
-    lines = _answer_all(part, header, named, answer, batch_size)
-    texts, facts = _split_lines(lines, named)
-    rows = _write_responses(path, _rows(named, texts), header, facts)
-    part.unlink()
+    if path.exists(): rows = _finished(path, header)
+    else:
+        lines = _answer_all(part, header, named, answer, batch_size)
+        texts, facts = _split_lines(lines, named)
+        rows = _write_responses(path, _rows(named, texts), header, facts)
+    part.unlink(missing_ok=True) # it is still there if a kill came just before this
     return rows

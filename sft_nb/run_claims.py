@@ -79,7 +79,7 @@ def _training_is_the_plain_loop(
 )->tuple: # Largest difference of a loss, as a share of what it falls by; its bound; words
     "Three steps of a run have the losses of three steps of the plain loop"
     _check_room(case, 32, 'training twice')
-    rows = [_of_ones(row) for row in case.rows]
+    rows = [_of_ones(row) for row in case.rows[-2:]]
     cfg = TrainConfig(
         lr=2e-5,
         steps=3,
