@@ -32,6 +32,7 @@ from .claims import TEXT_PROOFS, Case, measure, some_rows
 from .model_claims import MODEL_PROOFS, find_witness
 from .file_claims import FILE_PROOFS
 from .run_claims import RUN_PROOFS
+from .option_claims import OPTION_PROOFS
 from .opening import open_model
 from .job import read_data
 
@@ -154,7 +155,7 @@ def _open_case(cfg, folder, say):
     return case
 
 # %% ../nbs/07_proofs.ipynb #5e33bc5b
-_PROOFS = {**TEXT_PROOFS, **MODEL_PROOFS, **FILE_PROOFS, **RUN_PROOFS}
+_PROOFS = {**TEXT_PROOFS, **MODEL_PROOFS, **FILE_PROOFS, **RUN_PROOFS, **OPTION_PROOFS}
 
 
 def _prove_all(case, say):

@@ -467,6 +467,8 @@ BUGS = [
     bug('proof-red-not-counted', 'proofs', 'return any(c.holds for c in self.claims) and not self.red', 'return any(c.holds for c in self.claims)', 'a certificate holds although a claim is red'),
     bug('certificate-without-model', 'proofs', "'model': case.loaded.fingerprint", "'model': case.loaded.source", 'a certificate does not say which weights'),
     bug('merged-not-measured', 'file_claims', 'return max(found) if not left else math.inf, 5e-4, ', 'return 0., 5e-4, ', 'merging is proved by nothing', 'test_proofs.py'),
+    bug('flag-of-another-value', 'option_claims', "    if after[option.name]!=wanted: return 'another value'\n", '', 'a flag that lands with another value is green'),
+    bug('idle-field-is-green', 'option_claims', "        if before==after: idle.append(f'{owner.__name__}.{name}')", '        pass', 'a setting that changes nothing is green'),
     bug('resume-not-measured', 'run_claims', 'wrong = _unlike(straight, resumed) + (losses!=[step.loss for step in again.steps])', 'wrong = 0', 'a resume is proved by nothing', 'test_proofs.py'),
     bug('no-clip-by-default', 'choices', 'clip:float = _ruled(1., least=0)', 'clip:float = _ruled(0., least=0)', 'gradients are not clipped unless asked'),
     bug('lora-alpha-default', 'choices', 'alpha:float = _ruled(16., above=0)', 'alpha:float = _ruled(8., above=0)', 'adapters have half their scale by default'),

@@ -12,34 +12,14 @@ from test_cli import FAST, ROOT, complaint, home, sft_nb # noqa: F401
 
 from sft_nb.choices import JobConfig, JudgePlace, Judging, LoraConfig, Patience, Sampling, Stops, TrainConfig
 from sft_nb.cli import _build_parser, choose
+from sft_nb.option_claims import other_value, words_for
 from sft_nb.options import OPTIONS, make_job, read_settings, settings_of, settings_text
 from sft_nb.settings import load_log
 
 CLASSES = TrainConfig, LoraConfig, Sampling, Stops, JudgePlace, Judging, Patience, JobConfig
 PARTS = 'train', 'lora', 'how', 'until', 'judge', 'judging'
-OTHER = {'export': 'q8_0', 'weights': 'blocks',  # values that differ from the default, by option
-    'schedule': 'wsd', 'dtype': 'float32', 'attention': 'products', 'loss_on': 'all', 'over_long': 'drop', 'device': 'cpu', 'betas': (.8, .9),
-    'judge_protocol': 'book', 'judge_way': 'json', 'judge_api': 'ollama', 'judge_url': 'http://127.0.0.1:9/v1', 'template': 'chatml', 'no_target': 'drop',
-    'lora_targets': ('q_proj', 'v_proj'), 'lora_tokens': (5, 7), 'stop_ids': (3, 5), 'stop': ('#', 'a, b'), 'logger': 'tensorboard',
-    'rename': {'question': 'instruction'}, 'span_weights': {'reasoning': .5, 'call': 2.}}
 BESIDE = { # what an option needs beside itself
     'lora_': ['--lora', '8'], 'top_': ['--temperature', '1'], 'min_p': ['--temperature', '1'], 'judge_': ['--judge-url', 'http://127.0.0.1:9/v1']}
-
-
-def other_value(option):
-    if option.name in OTHER: return OTHER[option.name]
-    if option.kind is bool: return not option.default
-    if option.kind is int: return (option.default or 0)+3
-    if option.kind is float: return .5 if option.default != .5 else .25
-    return ('kept',) if option.kind is tuple else 'other'
-
-
-def words_for(option, value):
-    if option.kind is bool: return [option.flag if value else '--no-' + option.flag[2:]]
-    if isinstance(value, dict): return [w for k, v in value.items() for w in (option.flag, f'{k}={v}')]
-    if option.name in ('betas', 'stop_ids', 'lora_tokens', 'lora_targets') and not isinstance(value, str): return [option.flag, ','.join(map(str, value))]
-    if isinstance(value, tuple): return [w for v in value for w in (option.flag, v)]
-    return [option.flag, str(value)]
 
 
 def field_of(cfg, option):
