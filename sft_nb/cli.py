@@ -7,9 +7,7 @@ __all__ = ['choose', 'job_config', 'main']
 
 # %% ../nbs/07a_cli.ipynb #83c9fdcd
 import argparse
-import errno
 import os
-import re
 import sys
 import signal
 from dataclasses import replace
@@ -21,7 +19,7 @@ from .readers import file_kind
 from .split import split_records
 from .telling import Stage, Teller, hide_bars, hush_plots, show_json, show_line, show_nothing
 from .options import OPTIONS, make_job, read_settings, settings_of, settings_text
-from .flags import OneLineParser, add_fields, add_options, read_fields
+from .flags import OneLineParser, add_fields, add_options, complaint_of, is_memory_fault, read_fields
 
 # %% ../nbs/07a_cli.ipynb #ce27c99a
 def _run_folder(args):
@@ -417,35 +415,6 @@ def _end_quietly():
     "From here on Ctrl-C means nothing: the work is done, and Python is about to end"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-# %% ../nbs/07a_cli.ipynb #192d7ab7
-def _is_memory(error):
-    "Has the memory run out, as Python or the allocator of torch says it?"
-    if isinstance(error, MemoryError) or getattr(error, 'errno', None)==errno.ENOMEM: return True
-    told = "(can't|cannot) allocate memory|(not enough|out of) memory|could not create a primitive" # oneDNN's
-    return isinstance(error, RuntimeError) and bool(re.search(told, str(error), re.I))
-
-# %% ../nbs/07a_cli.ipynb #5fc313fa
-def _goes_on(args):
-    "How a command goes on with what it has done"
-    runs = args.command in ('run', 'train') and not getattr(args, 'resume', False)
-    return f"the same command{' with --resume' if runs else ''} goes on"
-
-# %% ../nbs/07a_cli.ipynb #f0443713
-_FULL = errno.ENOSPC, getattr(errno, 'EDQUOT', errno.ENOSPC) # Windows has no quotas
-
-
-def _words_of(error, args):
-    "What went wrong in one line, and what to do where a disk takes no more"
-    number = getattr(error, 'errno', None)
-    if _is_memory(error):
-        return f'{args.command}: the memory is full; close other programs, then {_goes_on(args)}'
-    if number not in (*_FULL, errno.EROFS): return str(error)
-    runs = args.command in ('run', 'train')
-    place = (_run_folder(args) or JobConfig.out) if runs else getattr(args, 'out', None)
-    where = f'{place or error.filename or args.command}: {error.strerror}'
-    if number==errno.EROFS: return f'{where}; make it writable, or choose another place with --out'
-    return f'{where}; make room, then {_goes_on(args)}'
-
 # %% ../nbs/07a_cli.ipynb #ccd47638
 def main(
     argv:list|None = None, # Words after `sft_nb`; None: those of this process
@@ -461,8 +430,8 @@ def main(
         if argv is None: _end_quietly()
         return status
     except (InputError, OSError, MemoryError, RuntimeError) as e: # OSError: no such file, disk full ...
-        if isinstance(e, RuntimeError) and not _is_memory(e): raise
-        said = _words_of(e, args)
+        if isinstance(e, RuntimeError) and not is_memory_fault(e): raise
+        said = complaint_of(e, args, _run_folder(args))
         if getattr(args, 'json', False): show_json(Stage('error', said, status=2))
         print(f'sft_nb: {said}', file=sys.stderr)
         return 2
