@@ -143,7 +143,7 @@ _FULL = errno.ENOSPC, getattr(errno, 'EDQUOT', errno.ENOSPC) # Windows has no qu
 
 
 def complaint_of(
-    error:BaseException, # What ended a command
+    error:Any, # The exception that ended a command
     args:argparse.Namespace, # Its words
     folder:str|Path|None = None, # The run folder, if the words name one
 )->str: # One line

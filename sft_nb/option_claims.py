@@ -199,7 +199,7 @@ _TRAIN = { # field of `TrainConfig` -> another value, and what it needs beside i
     'share_prefix': (False, {}),
     'recompute': (True, {}),
     'attention': ('products', {})}
-_LORA = {
+_LORA:dict[str, Any] = {
     'rank': (3, {}),
     'alpha': (5., {}),
     'dropout': (.5, {}),
