@@ -340,7 +340,7 @@ BUGS = [
     bug('part-not-used', 'cli', "if args.part!='all': records = getattr(split_records(records, seed=cfg.split_seed), args.part)", "if args.part!='all': records = split_records(records, seed=cfg.split_seed).test", '--part is always test'),
     bug('respond-seed-lost', 'cli', 'split_records(records, seed=cfg.split_seed)', 'split_records(records)', 'respond takes another part than the run did'),
     bug('red-is-zero', 'cli', 'return 0 if certificate.holds else 1', 'return 0', 'a red proof ends with status 0'),
-    bug('error-status-one', 'cli', "        print(f'sft_nb: {e}', file=sys.stderr)\n        return 2", "        print(f'sft_nb: {e}', file=sys.stderr)\n        return 0", 'an error ends with status 0'),
+    bug('error-status-one', 'cli', "        print(f'sft_nb: {said}', file=sys.stderr)\n        return 2", "        print(f'sft_nb: {said}', file=sys.stderr)\n        return 0", 'an error ends with status 0'),
     bug('push-public', 'cli', 'public=args.public, dry_run=args.dry_run', 'public=True, dry_run=args.dry_run', 'a model is shown to everybody'),
     bug('export-kind-fixed', 'cli', 'write(name, args.to, args.kind, records,', "write(name, args.to, 'f16', records,", '--as does nothing'),
     bug('export-template-lost', 'cli', 'records, template=cfg.template, adapter=cfg.adapter)', 'records, adapter=cfg.adapter)', '--template of an export does nothing'),
