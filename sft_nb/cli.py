@@ -423,7 +423,9 @@ def main(
 )->int: # Exit status
     "Run one command"
     args = _build_parser().parse_args(argv)
+    folder = None
     try:
+        folder = _run_folder(args)
         if argv is None: hush_plots()
         if argv is None: _forgive_streams()
         computes = args.command in ('run', 'train', 'respond', 'export', 'prove', 'serve', 'evaluate')
@@ -433,7 +435,7 @@ def main(
         return status
     except (InputError, OSError, MemoryError, RuntimeError) as e: # OSError: no such file, disk full ...
         if isinstance(e, RuntimeError) and not is_memory_fault(e): raise
-        said = complaint_of(e, args, _run_folder(args))
+        said = complaint_of(e, args, folder)
         if getattr(args, 'json', False): show_json(Stage('error', said, status=2))
         print(f'sft_nb: {said}', file=sys.stderr)
         return 2
