@@ -16,7 +16,8 @@ from typing import Any
 import regex
 from .basics import InputError, differences, fingerprint, load_json, lock_file, save_json, shorten
 from .columns import only_read
-from .said import Said, plain_call, say_calls, take_apart
+from .said import Said, say_calls, take_apart
+from .spellings import plain_call
 from .calls import THOUGHT_KEYS
 from .data import Record, as_records, text_field
 from .readers import file_kind, load_rows, save_records
